@@ -1,0 +1,67 @@
+// Where things lie in a rank's segment, and the table of all ranks' segments as this rank maps them. Plain data, for every device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/cell.h"
+#include "core/partition.h"
+
+namespace pycoll {
+
+// What a connection is for, named from its receiver. Each has a head cell at the receiver and a credit cell at the sender.
+enum LinkKind : int { kRingLink, kTreeUp0, kTreeUp1, kTreeDown, kLinkKinds };
+constexpr int kLinkBuffers = 3;  // ring and tree are never in flight together: the ring's buffers serve child 0 as well
+
+// The same on all ranks: agreed when they attach.
+struct Geometry {
+  int world;
+  int channels;        // independent lanes: threads, blocks
+  int link_slots;      // buffers a connection has, at least 2
+  size_t slot_bytes;   // a window slot; each channel has two
+  size_t link_bytes;   // one buffer of a connection
+  size_t heap_bytes;   // address space for user tensors; memory is taken as they are made
+
+  static constexpr size_t kControlBytes = 4096;
+  static constexpr size_t kPage = size_t{2} << 20;
+
+  PYCOLL_HD size_t cells_per_channel() const { return 2 + kLinkKinds + 4 * 2; }
+  PYCOLL_HD size_t cells_offset() const { return kControlBytes; }
+  PYCOLL_HD size_t slots_offset() const {
+    return round_up(cells_offset() + channels * cells_per_channel() * sizeof(Cell), 4096);
+  }
+  PYCOLL_HD size_t links_offset() const { return slots_offset() + channels * 2 * slot_bytes; }
+  PYCOLL_HD size_t scratch_bytes() const {
+    return links_offset() + static_cast<size_t>(channels) * kLinkBuffers * link_slots * link_bytes;
+  }
+  PYCOLL_HD size_t heap_offset() const { return round_up(scratch_bytes(), kPage); }
+  PYCOLL_HD size_t segment_bytes() const { return heap_offset() + heap_bytes; }
+  PYCOLL_HD size_t place_bytes() const { return slot_bytes / world / 64 * 64; }  // one rank's place in a slot
+};
+
+struct PeerTable {
+  int rank;
+  Geometry geometry;
+  std::byte* const* base;  // [world] every rank's segment, mapped here
+
+  PYCOLL_HD Cell& cell(int r, int channel, size_t index) const {
+    return reinterpret_cast<Cell*>(base[r] + geometry.cells_offset())[channel * geometry.cells_per_channel() + index];
+  }
+  PYCOLL_HD Cell& barrier_cell(int r, int channel, uint64_t epoch) const { return cell(r, channel, epoch & 1); }
+  PYCOLL_HD Cell& head_cell(int receiver, int channel, LinkKind kind) const { return cell(receiver, channel, 2 + kind); }
+  // A parent sends down to two children, so a sender's credits are told apart by kind and by child.
+  PYCOLL_HD Cell& credit_cell(int sender, int channel, LinkKind kind, int child) const {
+    return cell(sender, channel, 2 + kLinkKinds + 2 * kind + child);
+  }
+  PYCOLL_HD std::byte* slot(int r, int channel, uint64_t parity) const {
+    return base[r] + geometry.slots_offset() + (2 * channel + parity) * geometry.slot_bytes;
+  }
+  PYCOLL_HD std::byte* link_buffers(int receiver, int channel, LinkKind kind) const {
+    const int buffer = kind == kTreeDown ? 2 : kind == kTreeUp1 ? 1 : 0;
+    return base[receiver] + geometry.links_offset() +
+           static_cast<size_t>(channel * kLinkBuffers + buffer) * geometry.link_slots * geometry.link_bytes;
+  }
+  PYCOLL_HD std::byte* heap(int r) const { return base[r] + geometry.heap_offset(); }
+};
+
+}  // namespace pycoll

@@ -1,0 +1,74 @@
+// How ranks find and map one another's segments.
+//
+// 1. Each rank opens an abstract socket and puts its hello (protocol version, socket, token, wishes) into the store.
+// 2. Having read all hellos, each rank computes the same geometry (the minimum of all wishes), makes its segment, and pushes it with its liveness page
+//    to every peer's socket (SCM_RIGHTS). A push needs no answer: the socket's queue keeps it.
+// 3. Each rank puts what it reached, or its error, into the store, and reads what the others say.
+// 4. If all reached all, each rank takes in what was pushed to it, checks the sender's user and token, and maps it.
+// Locality is what step 2 finds: ranks that cannot push to each other do not share memory. Nothing here has a name in the file system.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/layout.h"
+#include "cpu/liveness.h"
+#include "cpu/os.h"
+
+namespace pycoll::cpu {
+
+// The key-value store through which ranks meet (torch's Store, or a map in tests). Keys are private to one communicator's ranks.
+class Store {
+ public:
+  virtual ~Store() = default;
+  virtual void set(const std::string& key, const std::string& value) = 0;
+  virtual bool has(const std::string& key) = 0;
+  virtual std::string get(const std::string& key) = 0;  // a key that is there
+  virtual int64_t add(const std::string& key, int64_t amount) = 0;
+  virtual void erase(const std::string& key) = 0;
+};
+
+// Wishes of one rank; the communicator gets the minimum over the ranks.
+struct Config {
+  int channels = 0;  // 0: as many as its share of the cores, at most 4
+  int link_slots = 4;
+  size_t slot_bytes = size_t{1} << 20;
+  size_t link_bytes = size_t{128} << 10;
+  size_t heap_bytes = 0;
+  size_t one_shot_max_bytes = size_t{64} << 10;   // `auto` takes one-shot to here, two-shot above
+  size_t channel_min_bytes = size_t{512} << 10;  // a channel more for so many bytes of the tensor
+};
+
+// The page at the beginning of each segment, written by its owner alone.
+struct Control {
+  uint32_t departed;  // 1: closed in order
+  uint32_t failed;    // 0: no; 1: being written; 2: the fields below say why
+  int32_t kind;       // ErrorKind
+  int32_t culprit;
+  char text[1024];
+};
+static_assert(sizeof(Control) <= Geometry::kControlBytes);
+
+struct Attachment {
+  int rank = 0;
+  Geometry geometry{};
+  size_t one_shot_max_bytes = 0, channel_min_bytes = 0;
+  int cores = 1;                       // the least any rank may run on
+  std::vector<Mapping> segments;       // [world]
+  std::vector<std::byte*> base;        // [world]
+  std::vector<PeerLiveness> liveness;  // [world], empty for the own rank
+  std::shared_ptr<Keeper> keeper;
+  std::vector<std::string> store_keys;  // to be erased when all ranks have attached
+
+  PeerTable table() const { return {rank, geometry, base.data()}; }
+  Control& control(int r) const { return *reinterpret_cast<Control*>(base[r]); }
+};
+
+// Throws Error: kTimeout naming the ranks that did not come, kUnsupported if some ranks cannot share memory.
+// `interrupt` is called now and then and may throw.
+std::shared_ptr<Attachment> attach(Store& store, int rank, int world, const Config& config, Clock::time_point deadline,
+                                   const std::function<void()>& interrupt);
+
+}  // namespace pycoll::cpu

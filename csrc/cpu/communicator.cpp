@@ -1,0 +1,352 @@
+#include "cpu/communicator.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "algorithms/direct.h"
+#include "algorithms/one_shot.h"
+#include "algorithms/ring.h"
+#include "algorithms/run.h"
+#include "algorithms/tree.h"
+#include "algorithms/two_shot.h"
+#include "core/topology.h"
+#include "cpu/executor.h"
+#include "cpu/heap.h"
+#include "cpu/lanes.h"
+#include "cpu/queue.h"
+
+namespace pycoll::cpu {
+
+namespace {
+
+std::string describe(const CallRecord& r) {
+  std::string text = name(r.collective);
+  if (r.collective == Collective::kBarrier) return text + "()";
+  text += std::string("(") + name(r.dtype) + "[" + std::to_string(r.count) + "]";
+  if (r.collective == Collective::kAllReduce || r.collective == Collective::kReduceScatter) text += std::string(", ") + name(r.op);
+  if (r.collective == Collective::kAllReduce) text += std::string(", ") + name(r.algorithm);
+  if (r.collective == Collective::kBroadcast) text += ", root " + std::to_string(r.root);
+  return text + ")";
+}
+
+std::string mismatch_text(const std::vector<CallRecord>& records) {
+  std::map<std::string, std::vector<int>> callers;
+  for (size_t r = 0; r < records.size(); ++r) {
+    callers["call #" + std::to_string(records[r].sequence) + " " + describe(records[r])].push_back(static_cast<int>(r));
+  }
+  std::string text = "pycoll: ranks make different calls:";
+  for (const auto& [call, ranks] : callers) {
+    text += (text.back() == ':' ? " rank " : "; rank ");
+    for (size_t i = 0; i < ranks.size() && i < 8; ++i) text += (i ? "," : "") + std::to_string(ranks[i]);
+    text += (ranks.size() > 8 ? ",... " : " ") + call;
+  }
+  return text + ". All ranks must make the same calls in the same order";
+}
+
+// The connections of one channel, and how many messages each has carried.
+struct LaneLinks {
+  Connection ring_recv, ring_send, up_recv[2], up_send, down_recv, down_send[2];
+  uint64_t counts[8] = {};
+  RingAllReduce ring;
+  TreeAllReduce tree;
+
+  LaneLinks(const PeerTable& t, int channel) {
+    const int world = t.geometry.world;
+    uint64_t* count = counts;
+    // The connection of `kind` into `receiver`, seen from either end; `child` as in PeerTable::credit_cell.
+    const auto connect = [&](LinkKind kind, int sender, int receiver, int child) {
+      return Connection{&t.head_cell(receiver, channel, kind), &t.credit_cell(sender, channel, kind, child),
+                        t.link_buffers(receiver, channel, kind), count++, sender == t.rank ? receiver : sender};
+    };
+    const RingNeighbours r = ring_neighbours(t.rank, world);
+    ring_recv = connect(kRingLink, r.previous, t.rank, 0);
+    ring_send = connect(kRingLink, t.rank, r.next, 0);
+    ring.ring = {&ring_recv, 1, &ring_send, 1};
+    const TreeNeighbours n = tree_neighbours(t.rank, world, channel % 2 == 1);
+    for (int i = 0; i < n.child_count; ++i) {
+      up_recv[i] = connect(i == 0 ? kTreeUp0 : kTreeUp1, n.children[i], t.rank, 0);
+      down_send[i] = connect(kTreeDown, t.rank, n.children[i], i);
+    }
+    const int has_parent = n.parent >= 0 ? 1 : 0;
+    if (has_parent) {
+      up_send = connect(n.child_index == 0 ? kTreeUp0 : kTreeUp1, t.rank, n.parent, 0);
+      down_recv = connect(kTreeDown, n.parent, t.rank, n.child_index);
+    }
+    tree.up = {up_recv, n.child_count, &up_send, has_parent};
+    tree.turn = {up_recv, n.child_count, down_send, n.child_count};
+    tree.down = {&down_recv, has_parent, down_send, n.child_count};
+  }
+  LaneLinks(const LaneLinks&) = delete;
+};
+
+}  // namespace
+
+struct Communicator::Impl {
+  std::shared_ptr<Attachment> attachment;
+  std::shared_ptr<Heap> heap;
+  PeerTable table;
+  Watch watch;
+  Patience patience;
+  std::vector<WindowState> windows;
+  std::vector<std::unique_ptr<LaneLinks>> links;
+  std::vector<CallRecord> records;
+  uint64_t sequence = 0;
+  const uint64_t generation = fork_generation();
+  std::atomic<bool> closed{false};
+  std::mutex closing;
+  Queue queue;
+  Lanes lanes;
+
+  Impl(std::shared_ptr<Attachment> a, std::chrono::milliseconds timeout)
+      : attachment(std::move(a)),
+        heap(std::make_shared<Heap>(attachment->table().heap(attachment->rank), attachment->geometry.heap_bytes)),
+        table(attachment->table()),
+        watch(*attachment, timeout),
+        windows(table.geometry.channels),
+        records(table.geometry.world) {
+    // With a core for each rank a short wait is cheapest spun; else the peer we wait for needs our core.
+    patience = table.geometry.world <= attachment->cores ? Patience{4000, 500} : Patience{32, 200};
+    for (int c = 0; c < table.geometry.channels; ++c) links.push_back(std::make_unique<LaneLinks>(table, c));
+  }
+
+  int rank() const { return table.rank; }
+  int world() const { return table.geometry.world; }
+  bool forked() const { return generation != fork_generation(); }
+
+  void check_usable() const {
+    if (forked()) {
+      throw Error(ErrorKind::kError,
+                  "pycoll: this communicator belongs to the parent process: after fork, create a new one in the child");
+    }
+    if (closed) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
+    watch.throw_if_failed();
+  }
+
+  Algorithm choose(size_t bytes) const {
+    return bytes <= attachment->one_shot_max_bytes ? Algorithm::kOneShot : Algorithm::kTwoShot;
+  }
+
+  CallRecord record_of(const Call& call) {
+    const size_t bytes = call.count * size_of(call.dtype);
+    size_t out_bytes = bytes;
+    if (call.collective == Collective::kAllGather) out_bytes = bytes * world();
+    if (call.collective == Collective::kReduceScatter) out_bytes = bytes / world();
+    CallRecord r{};
+    r.sequence = sequence;
+    r.count = call.count;
+    r.in_offset = heap->offset_of(call.in, bytes);
+    r.out_offset = heap->offset_of(call.out, out_bytes);
+    r.root = call.root;
+    r.collective = call.collective;
+    r.dtype = call.dtype;
+    r.op = call.op;
+    r.algorithm = Algorithm::kDirect;
+    if (call.collective == Collective::kAllReduce) r.algorithm = call.algorithm.value_or(choose(bytes));
+    return r;
+  }
+
+  void execute(const Call& call, bool in_caller) {
+    check_usable();
+    const CallRecord mine = record_of(call);
+    ++sequence;
+    if (world() == 1) return alone(call, mine);
+    std::exception_ptr failure = guarded([&] { collective(call, mine, in_caller); });
+    const std::exception_ptr other = lanes.join();
+    if (failure || other) std::rethrow_exception(failure ? failure : other);
+  }
+
+  // Whatever goes wrong is told to the peers, and to this rank's other lanes, at once; it ends the communicator.
+  template <class F>
+  std::exception_ptr guarded(const F& f) const {
+    try {
+      f();
+      return nullptr;
+    } catch (const Error& e) {
+      return std::make_exception_ptr(watch.fail(e));
+    } catch (...) {  // what a signal's handler threw, or no memory
+      const std::string why = "pycoll: rank " + std::to_string(rank()) + " was interrupted in a collective";
+      (void)watch.fail(Error(ErrorKind::kError, why, rank()));
+      return std::current_exception();
+    }
+  }
+
+  void collective(const Call& call, const CallRecord& mine, bool in_caller) {
+    const Operation op{static_cast<const std::byte*>(call.in), static_cast<std::byte*>(call.out), size_of(call.dtype), rank(), world(), {}};
+    const int channels = channels_for(mine);
+    // The entry: on channel 0, with the record; the other channels start when it has passed.
+    const auto enter = [&](Window<Executor>& w) {
+      table.barrier_cell(rank(), 0, windows[0].epoch + 1).record = mine;
+      w.barrier();
+      compare_records(mine);
+      if (channels > 1) lanes.start(channels, [=, this](int c) { run_lane(c, channels, mine, op); });
+      return true;
+    };
+    Executor exec = executor(mine, in_caller);
+    run_channel(exec, 0, channels, mine, op, enter);
+  }
+
+  void run_lane(int channel, int channels, const CallRecord& mine, const Operation& op) {
+    const std::exception_ptr failure = guarded([&] {
+      Executor exec = executor(mine, /*in_caller=*/false);
+      run_channel(exec, channel, channels, mine, op, [](Window<Executor>& w) { return w.barrier(); });
+    });
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  Executor executor(const CallRecord& mine, bool in_caller) const {
+    return Executor(Waiter(watch, patience, in_caller), mine.dtype, mine.op, world());
+  }
+
+  int channels_for(const CallRecord& r) const {
+    const size_t bytes = r.count * size_of(r.dtype) * (r.collective == Collective::kAllGather ? world() : 1);
+    return static_cast<int>(std::clamp<size_t>(bytes / attachment->channel_min_bytes, 1, table.geometry.channels));
+  }
+
+  // A world of one: the result is the input.
+  void alone(const Call& call, const CallRecord& r) const {
+    const bool reduces = call.collective == Collective::kAllReduce || call.collective == Collective::kReduceScatter;
+    if (reduces) {
+      void* dst = call.out;
+      const void* src = call.in;
+      executor(r, true).combine({&dst, 1, &src, 1, 0, true, 1, call.count});
+    } else if (call.in != call.out) {
+      std::memcpy(call.out, call.in, call.count * size_of(call.dtype));
+    }
+  }
+
+  void compare_records(const CallRecord& mine) {
+    const uint64_t epoch = windows[0].epoch;
+    bool same = true;
+    for (int r = 0; r < world(); ++r) {
+      records[r] = table.barrier_cell(r, 0, epoch).record;
+      same &= same_call(records[r], mine);
+    }
+    if (!same) throw Error(ErrorKind::kMismatch, mismatch_text(records));
+  }
+
+  Partition partition_of(const CallRecord& r, int channel, int channels) const {
+    const size_t element = size_of(r.dtype), slot = table.geometry.slot_bytes / element;
+    const size_t place = table.geometry.place_bytes() / element;
+    const size_t link = table.geometry.link_bytes / accumulator_size(r.dtype);
+    if (r.collective == Collective::kReduceScatter) {
+      const size_t block = r.count / world();
+      return {channel_share(block, channel, channels), place, 1, block};
+    }
+    const Span share = channel_share(r.count, channel, channels);
+    if (r.collective == Collective::kAllGather) return {share, slot, 1, r.count};
+    switch (r.algorithm) {
+      case Algorithm::kRing:
+        return {share, link, world()};
+      case Algorithm::kTree:
+        return {share, link, 1};
+      case Algorithm::kTwoShot:
+        return {share, place, world()};
+      default:
+        return {share, slot, 1};
+    }
+  }
+
+  template <class Enter>
+  void run_channel(Executor& exec, int channel, int channels, const CallRecord& mine, Operation op, const Enter& enter) {
+    op.partition = partition_of(mine, channel, channels);
+    Window<Executor> w(exec, op, table, channel, windows[channel], records.data(), mine);
+    const auto window = [&](auto algorithm) { run_window<decltype(algorithm)>(w, [&] { return enter(w); }); };
+    const auto lane = [&](const auto& algorithm) {
+      enter(w);
+      Channel<Executor> c(exec, op, table.geometry.link_slots, table.geometry.link_bytes);
+      pycoll::run_channel(c, algorithm);
+    };
+    switch (mine.collective) {
+      case Collective::kBarrier:
+        enter(w);
+        return;
+      case Collective::kBroadcast:
+        return window(Broadcast{});
+      case Collective::kAllGather:
+        return window(AllGather{});
+      case Collective::kReduceScatter:
+        return window(ReduceScatter{});
+      case Collective::kAllReduce:
+        break;
+    }
+    switch (mine.algorithm) {
+      case Algorithm::kRing:
+        return lane(links[channel]->ring);
+      case Algorithm::kTree:
+        return lane(links[channel]->tree);
+      case Algorithm::kTwoShot:
+        return window(TwoShotAllReduce{});
+      default:
+        return window(OneShotAllReduce{});
+    }
+  }
+
+  void close() {
+    const std::lock_guard guard(closing);
+    if (closed) return;
+    queue.stop();
+    lanes.stop();
+    closed = true;
+    store_release(attachment->control(rank()).departed, uint32_t{1});
+  }
+};
+
+Communicator::Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout) {
+  if (world < 1 || rank < 0 || rank >= world) {
+    throw Error(ErrorKind::kUsage, "pycoll: rank " + std::to_string(rank) + " is not in a world of " + std::to_string(world));
+  }
+  const std::shared_ptr<Attachment> attachment = attach(store, rank, world, config, Clock::now() + timeout, check_interrupt);
+  impl_ = std::make_unique<Impl>(attachment, timeout);
+  run({.collective = Collective::kBarrier});  // when all have mapped all, what was in the store has served
+  for (const std::string& key : attachment->store_keys) store.erase(key);
+}
+
+Communicator::~Communicator() {
+  if (!impl_) return;
+  if (impl_->forked()) {
+    (void)impl_.release();  // threads and locks are the parent's: touch nothing
+    return;
+  }
+  impl_->close();
+}
+
+void Communicator::run(const Call& call) {
+  impl_->check_usable();
+  impl_->queue.run([this, call](bool in_caller) { impl_->execute(call, in_caller); }, check_interrupt);
+}
+
+void Communicator::enqueue(const Call& call, std::function<void(std::exception_ptr)> done) {
+  impl_->check_usable();
+  impl_->queue.enqueue([this, call](bool in_caller) { impl_->execute(call, in_caller); }, std::move(done));
+}
+
+void Communicator::close() {
+  if (!impl_->forked()) impl_->close();
+}
+
+void Communicator::abort(const std::string& why) {
+  if (!impl_->forked()) (void)impl_->watch.fail(Error(ErrorKind::kError, why, rank()));
+}
+
+std::shared_ptr<void> Communicator::allocate(size_t bytes) {
+  impl_->check_usable();
+  std::byte* block = impl_->heap->allocate(bytes);
+  return {block, [heap = impl_->heap, keep = impl_->attachment, generation = impl_->generation](void* p) {
+            if (generation == fork_generation()) heap->free(static_cast<std::byte*>(p));
+          }};
+}
+
+int Communicator::rank() const { return impl_->rank(); }
+int Communicator::world() const { return impl_->world(); }
+bool Communicator::closed() const { return impl_->closed; }
+const Geometry& Communicator::geometry() const { return impl_->table.geometry; }
+size_t Communicator::footprint() const { return impl_->table.geometry.scratch_bytes() + impl_->heap->used(); }
+std::chrono::milliseconds Communicator::timeout() const { return impl_->watch.timeout(); }
+void Communicator::set_timeout(std::chrono::milliseconds timeout) { impl_->watch.set_timeout(timeout); }
+Algorithm Communicator::choose(size_t bytes) const { return impl_->choose(bytes); }
+
+}  // namespace pycoll::cpu

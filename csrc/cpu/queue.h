@@ -1,0 +1,58 @@
+// Issue order: the calls of a communicator run one at a time, in the order in which they were made, whoever made them.
+//
+// A synchronous call runs in its caller's thread when nothing is queued or running. Everything else goes through one worker thread, which is
+// started with the first such call and ended by stop().
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace pycoll::cpu {
+
+class Queue {
+ public:
+  using Done = std::function<void(std::exception_ptr failure)>;
+
+  ~Queue() { stop(); }
+
+  // Runs `call` here and now, if nothing comes before it, else queued; returns when it is done and throws what it throws.
+  // `interrupt` is called now and then while another thread runs it, and may throw: the call goes on.
+  template <class F>
+  void run(const F& call, void (*interrupt)()) {
+    if (!begin()) return run_queued(call, interrupt);
+    const struct End {
+      Queue& queue;
+      ~End() { queue.end(); }
+    } end{*this};
+    call(/*in_caller=*/true);
+  }
+
+  // Queues `call`; `done` is called after it, in the worker thread.
+  void enqueue(std::function<void(bool in_caller)> call, Done done);
+
+  void stop();  // runs what is queued, then ends the worker
+
+ private:
+  struct Job {
+    std::function<void(bool)> call;
+    Done done;
+  };
+  bool begin();  // whether the caller may run its call itself; if so it must call end()
+  void end();
+  void run_queued(std::function<void(bool)> call, void (*interrupt)());
+  void work();
+
+  std::mutex lock_;
+  std::condition_variable changed_;
+  std::deque<Job> jobs_;
+  bool busy_ = false;  // some thread runs a call
+  bool ending_ = false;
+  std::thread worker_;
+};
+
+}  // namespace pycoll::cpu

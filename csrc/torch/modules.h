@@ -1,0 +1,11 @@
+// The parts that pycoll._C is made of.
+#pragma once
+
+#include <torch/extension.h>
+
+namespace pycoll::bindings {
+
+void bind_communicator(py::module_& m);
+void bind_backend(py::module_& m);
+
+}  // namespace pycoll::bindings

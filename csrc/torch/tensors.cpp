@@ -1,0 +1,108 @@
+#include "torch/tensors.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/grad_mode.h>
+
+#include "torch/errors.h"
+
+namespace pycoll::bindings {
+
+namespace {
+
+std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kLong:
+      return DType::kInt64;
+    case at::kByte:
+      return DType::kUInt8;
+    default:
+      return std::nullopt;
+  }
+}
+
+}  // namespace
+
+DType reducible(const at::Tensor& t, const char* collective) {
+  if (const auto dtype = dtype_of(t.scalar_type())) return *dtype;
+  throw_unsupported(std::string(collective) + " cannot reduce " + c10::toString(t.scalar_type()) +
+                    " tensors: float32, float64, bfloat16, float16, int8, int16, int32, int64 and uint8 it can; convert the tensor");
+}
+
+Elements elements_to_copy(const at::Tensor& t) {
+  if (const auto dtype = dtype_of(t.scalar_type())) return {*dtype, static_cast<size_t>(t.numel())};
+  return {DType::kUInt8, static_cast<size_t>(t.numel()) * t.element_size()};
+}
+
+void check_memory(const at::Tensor& t, const char* collective) {
+  if (!t.defined()) throw_usage(std::string(collective) + " needs a tensor");
+  if (!t.device().is_cpu()) {
+    throw_unsupported(std::string(collective) + " got a tensor on " + t.device().str() +
+                      ": this build of pycoll communicates CPU tensors; move it with .cpu()");
+  }
+  if (t.layout() != at::kStrided || t.is_mkldnn()) {
+    throw_unsupported(std::string(collective) + " got a tensor of layout " + c10::str(t.layout()) +
+                      ": it needs a strided one; convert it with .to_dense()");
+  }
+  if (t.is_conj() || t.is_neg()) throw_unsupported(std::string(collective) + " got a lazily conjugated or negated tensor: call .resolve_conj() or .resolve_neg()");
+}
+
+void check_writable(const at::Tensor& t, const char* collective) {
+  check_memory(t, collective);
+  if (at::has_internal_overlap(t) == at::MemOverlap::Yes) {
+    throw_usage(std::string(collective) + " would write to an expanded tensor, in which elements share memory: call .clone() first");
+  }
+  if (t.requires_grad() && at::GradMode::is_enabled()) {
+    throw_usage(std::string(collective) +
+                " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), or on x.detach()");
+  }
+}
+
+void check_overlap(const at::Tensor& in, const at::Tensor& out, const char* collective) {
+  const auto* a = static_cast<const char*>(in.const_data_ptr());
+  const auto* b = static_cast<const char*>(out.const_data_ptr());
+  const bool disjoint = a + in.nbytes() <= b || b + out.nbytes() <= a;
+  if (!disjoint && !(a == b && in.nbytes() == out.nbytes())) {
+    throw_usage(std::string(collective) + ": `out` overlaps the input: give the same tensor or a separate one");
+  }
+}
+
+Output::Output(const at::Tensor& out, bool keep_content) : out_(out), dense_(out) {
+  if (!out.is_contiguous()) dense_ = keep_content ? out.contiguous() : at::empty(out.sizes(), out.options());
+}
+
+void Output::finish() const {
+  if (dense_.is_same(out_)) return;
+  const at::NoGradGuard no_grad;  // the values are communicated, not computed
+  out_.copy_(dense_);
+}
+
+ReduceOp parse_op(const std::string& op) {
+  for (int i = 0; i < kReduceOpCount; ++i) {
+    if (op == name(static_cast<ReduceOp>(i))) return static_cast<ReduceOp>(i);
+  }
+  throw_usage("unknown op '" + op + "': sum, avg, min, max or product");
+}
+
+std::optional<Algorithm> parse_algorithm(const std::string& algorithm) {
+  if (algorithm == "auto") return std::nullopt;
+  for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kTwoShot, Algorithm::kRing, Algorithm::kTree}) {
+    if (algorithm == name(a)) return a;
+  }
+  throw_usage("unknown algorithm '" + algorithm + "': auto, one_shot, two_shot, ring or tree");
+}
+
+}  // namespace pycoll::bindings

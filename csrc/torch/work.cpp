@@ -1,0 +1,60 @@
+#include "torch/work.h"
+
+#include <ATen/core/ivalue.h>
+#include <ATen/core/jit_type.h>
+
+#include "cpu/os.h"
+#include "cpu/wait.h"
+#include "torch/errors.h"
+
+namespace pycoll::bindings {
+
+void Work::complete(std::exception_ptr failure) {
+  finish(failure ? for_python(failure) : nullptr);
+  mark_future();
+}
+
+bool Work::wait(std::chrono::milliseconds timeout) {
+  const auto deadline = cpu::Clock::now() + timeout;
+  std::unique_lock guard(mutex_);
+  while (!cv_.wait_for(guard, std::chrono::milliseconds(20), [this] { return completed_; })) {
+    if (timeout != kNoTimeout && cpu::Clock::now() > deadline) {
+      throw PyError(cpu::Error(cpu::ErrorKind::kTimeout, "pycoll: the work did not end within the " +
+                                                             std::to_string(timeout.count()) + " ms given to wait()"));
+    }
+    guard.unlock();
+    cpu::check_interrupt();
+    guard.lock();
+  }
+  if (exception_) std::rethrow_exception(exception_);
+  return true;
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
+  {
+    const std::lock_guard guard(mutex_);
+    if (future_) return future_;
+    future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+  }
+  mark_future();
+  return future_;
+}
+
+void Work::mark_future() {
+  {
+    const std::lock_guard guard(mutex_);
+    if (!future_ || !completed_ || marked_) return;
+    marked_ = true;
+  }
+  if (exception_) {
+    future_->setError(exception_);
+  } else {
+    future_->markCompleted(c10::IValue(result_));
+  }
+}
+
+void Work::abort() {
+  throw_unsupported("a single collective cannot be aborted: abort its group, torch.distributed.destroy_process_group()");
+}
+
+}  // namespace pycoll::bindings

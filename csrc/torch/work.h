@@ -1,0 +1,28 @@
+// The handle of a collective that was called through torch.distributed.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+namespace pycoll::bindings {
+
+class Work : public c10d::Work {
+ public:
+  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result) : c10d::Work(rank, type), result_(std::move(result)) {}
+
+  // Ends the work, once: with a failure, or without.
+  void complete(std::exception_ptr failure);
+
+  bool wait(std::chrono::milliseconds timeout) override;  // lets Python's signals in; throws the failure
+  std::vector<at::Tensor> result() override { return result_; }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;  // made when asked for: most are not
+  void abort() override;
+
+ private:
+  void mark_future();  // if there is one, and the work has ended; once
+
+  std::vector<at::Tensor> result_;
+  c10::intrusive_ptr<c10::ivalue::Future> future_;
+  bool marked_ = false;
+};
+
+}  // namespace pycoll::bindings

@@ -1,0 +1,37 @@
+"""pycoll: collective communication for PyTorch.
+
+`torch.distributed.init_process_group("pycoll")` after `import pycoll`, or `pycoll.Communicator` directly.
+"""
+
+from pycoll import _build
+
+_build.check()
+
+from pycoll import backend  # noqa: E402 - the check comes first
+from pycoll.communicator import Communicator  # noqa: E402
+from pycoll.errors import (  # noqa: E402
+    Error,
+    MismatchError,
+    PeerLostError,
+    TimeoutError,
+    UnsupportedError,
+    UsageError,
+)
+from pycoll.info import info  # noqa: E402
+from pycoll.tuning import Config  # noqa: E402
+from pycoll.version import __version__  # noqa: E402
+
+backend.register()
+
+__all__ = [
+    "Communicator",
+    "Config",
+    "Error",
+    "MismatchError",
+    "PeerLostError",
+    "TimeoutError",
+    "UnsupportedError",
+    "UsageError",
+    "__version__",
+    "info",
+]

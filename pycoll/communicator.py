@@ -1,0 +1,278 @@
+"""pycoll.Communicator: collectives directly, without torch.distributed, at the lowest latency."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pycoll import _C, tuning
+from pycoll.errors import UnsupportedError, UsageError
+from pycoll.tuning import Config, GiB
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Op = Literal["sum", "avg", "min", "max", "product"]
+Algorithm = Literal["auto", "one_shot", "two_shot", "ring", "tree"]
+Array = TypeVar("Array", Tensor, "NDArray[np.generic]")
+
+_alive: weakref.WeakSet[Communicator] = weakref.WeakSet()
+_names = itertools.count()  # communicators are created in the same order on all ranks
+
+
+def native_config(config: Config, world_size: int) -> _C.Config:
+    """`config` with everything decided, for the extension."""
+    native = _C.Config()
+    heap = config.heap_bytes
+    if heap is None:
+        heap = min(_C.physical_memory(), 64 * GiB, 1024 * GiB // world_size)
+    one_shot = config.one_shot_max_bytes
+    native.channels = _checked("channels", config.channels, 0, 64)
+    native.slot_bytes = _checked("slot_bytes", config.slot_bytes, 64, GiB)
+    native.link_bytes = _checked("link_bytes", config.link_bytes, 64, GiB)
+    native.link_slots = _checked("link_slots", config.link_slots, 2, 64)
+    native.heap_bytes = _checked("heap_bytes", heap, 0, 1 << 46)
+    native.one_shot_max_bytes = tuning.one_shot_max_bytes(world_size) if one_shot is None else one_shot
+    native.channel_min_bytes = _checked("channel_min_bytes", config.channel_min_bytes, 1, 1 << 46)
+    return native
+
+
+def _checked(name: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise UsageError(f"pycoll: Config.{name} must be between {low} and {high}, not {value}")
+    return value
+
+
+class Communicator:
+    """A group of ranks on one machine and the collectives among them.
+
+    All ranks must create their communicators, and call its collectives, in the same order. Tensors are torch CPU tensors or NumPy arrays of
+    any shape and strides; NumPy arrays are used where they are. Memory from `empty()` is mapped by all peers, and collectives on it need no
+    staging copies.
+
+    Reductions of bfloat16 and float16 accumulate in float32 and round once. One-shot and two-shot add in rank order: the same bits
+    on every rank, in every run, at every size. Ring and tree give the same bits on all ranks and in all runs, in an order that depends on how the tensor is cut.
+
+    Raises:
+        UsageError: a bad argument of this rank; the communicator stays usable.
+        MismatchError, PeerLostError, TimeoutError: terminal; every later call raises the same, and tensors of the failed call are undefined.
+        UnsupportedError: a device, layout or dtype that pycoll does not communicate.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        *,
+        timeout: float | timedelta = 300.0,
+        config: Config | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Meets the other ranks; returns when all are there.
+
+        Args:
+            store: any torch.distributed Store that all ranks reach; used only to meet.
+            rank: of this caller, from 0.
+            world_size: how many ranks there are.
+            timeout: the longest a collective, or this call, waits for other ranks; in seconds.
+            config: memory and switch points; the ranks' minimum is used.
+            name: tells communicators on one store apart; by default they are counted, in order of creation.
+        """
+        self.timeout = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise UsageError(f"pycoll: rank {rank} is not in a world of {world_size}")
+        native = native_config(config or Config(), world_size)
+        self._impl = _C.Communicator(store, rank, world_size, name or str(next(_names)), native, self.timeout)
+        self.rank = rank
+        self.world_size = world_size
+        _alive.add(self)
+
+    @classmethod
+    def from_env(cls, *, timeout: float | timedelta = 300.0, config: Config | None = None) -> Communicator:
+        """The communicator of all ranks that torchrun, mpirun (Open MPI, MPICH) or srun started.
+
+        Raises:
+            UsageError: the environment names no rank.
+        """
+        store, rank, world_size = _store_from_env(timeout)
+        return cls(store, rank, world_size, timeout=timeout, config=config)
+
+    def all_reduce(self, x: Array, op: Op = "sum", *, out: Array | None = None, algorithm: Algorithm = "auto") -> Array:
+        """Combines `x` of all ranks elementwise; every rank gets the result.
+
+        Args:
+            x: float32, float64, bfloat16, float16, int8 to int64 or uint8, the same shape and dtype on all ranks.
+            op: "sum", "avg" (integers truncate), "min", "max" or "product".
+            out: where the result goes; None: into `x`.
+            algorithm: "auto" picks by size; or "one_shot", "two_shot", "ring", "tree".
+
+        Returns:
+            `out`, or `x`.
+        """
+        if out is None and type(x) is Tensor:
+            self._impl.all_reduce(x, None, op, algorithm)
+            return x
+        result = x if out is None else out
+        self._impl.all_reduce(_tensor(x), None if out is None else _tensor(out), op, algorithm)
+        return result
+
+    def broadcast(self, x: Array, root: int = 0) -> Array:
+        """Overwrites `x` on every rank with rank `root`'s. Any dtype; the same shape on all ranks. Returns `x`."""
+        self._impl.broadcast(_tensor(x), root)
+        return x
+
+    def all_gather(self, x: Array, *, out: Array | None = None) -> Array:
+        """Concatenates `x` of all ranks along the first dimension, in rank order.
+
+        Args:
+            x: shape (n, ...), any dtype, the same on all ranks; a scalar counts as shape (1,).
+            out: shape (world_size * n, ...); None: a new array of the kind of `x`. `x` may be this rank's block of it.
+
+        Returns:
+            `out`.
+        """
+        tensor = _tensor(x)
+        shape = tuple(tensor.shape) or (1,)
+        if out is None:
+            gathered = torch.empty((self.world_size * shape[0], *shape[1:]), dtype=tensor.dtype)
+            self._impl.all_gather(tensor, gathered)
+            return _like(x, gathered)
+        self._impl.all_gather(tensor, _tensor(out))
+        return out
+
+    def reduce_scatter(self, x: Array, op: Op = "sum", *, out: Array | None = None) -> Array:
+        """Combines `x` of all ranks elementwise; rank r gets the r-th of `world_size` equal blocks along the first dimension.
+
+        Args:
+            x: shape (world_size * n, ...), a dtype that all_reduce takes, the same on all ranks.
+            op: as in all_reduce.
+            out: shape (n, ...); None: a new array of the kind of `x`. It may be this rank's block of `x`.
+
+        Returns:
+            `out`.
+        """
+        tensor = _tensor(x)
+        if tensor.dim() == 0 or tensor.shape[0] % self.world_size:
+            raise UsageError(
+                f"pycoll: reduce_scatter needs a first dimension that {self.world_size} ranks divide, not shape {tuple(tensor.shape)}"
+            )
+        if out is None:
+            block = torch.empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]), dtype=tensor.dtype)
+            self._impl.reduce_scatter(tensor, block, op)
+            return _like(x, block)
+        self._impl.reduce_scatter(tensor, _tensor(out), op)
+        return out
+
+    def barrier(self) -> None:
+        """Returns when all ranks have called it."""
+        self._impl.barrier()
+
+    def empty(self, shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised torch tensor in this rank's shared heap, which all peers map ("symmetric memory").
+
+        Collectives on it, and on views of it, need no staging copies. No collective call: ranks may allocate differently. The memory is
+        freed with the tensor, and stays valid after `close()`.
+
+        Raises:
+            Error: the heap is full (Config.heap_bytes), or the machine has no memory.
+        """
+        sizes = [shape] if isinstance(shape, int) else list(shape)
+        if math.prod(sizes) < 0 or any(n < 0 for n in sizes):
+            raise UsageError(f"pycoll: empty() needs sizes of zero or more, not {tuple(sizes)}")
+        return self._impl.empty(sizes, dtype)
+
+    def footprint(self) -> int:
+        """Bytes of memory this rank has given: staging and links, and tensors from `empty()`."""
+        return self._impl.footprint
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._impl.closed
+
+    def close(self) -> None:
+        """Gives everything back. Peers that still wait for this rank get PeerLostError. Idempotent."""
+        self._impl.close()
+
+    def abort(self, reason: str = "aborted by the user") -> None:
+        """Makes running and later calls fail on all ranks, with `reason`."""
+        self._impl.abort(f"pycoll: rank {self.rank}: {reason}")
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self._impl.channels} channels, {self.footprint() / 2**20:.1f} MiB, {_C.simd}"
+        return f"<pycoll.Communicator rank {self.rank} of {self.world_size}: {state}>"
+
+
+def _tensor(x: Tensor | NDArray[np.generic]) -> Tensor:
+    """`x` as a torch tensor over the same memory."""
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, np.ndarray):
+        raise UnsupportedError(f"pycoll communicates torch tensors and NumPy arrays, not {type(x).__name__}")
+    if not x.flags.writeable:
+        raise UsageError("pycoll: the NumPy array is read-only; pass a writable copy")
+    try:
+        return torch.from_numpy(x)
+    except (TypeError, ValueError) as e:
+        raise UnsupportedError(f"pycoll cannot use this NumPy array ({e}); pass numpy.ascontiguousarray(x)") from e
+
+
+def _like(x: Array, result: Tensor) -> Array:
+    return result if isinstance(x, Tensor) else result.numpy()
+
+
+_LAUNCHERS = (  # variables that hold rank, world size and (parts of) a name of the job
+    ("RANK", "WORLD_SIZE", ()),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")),
+    ("PMI_RANK", "PMI_SIZE", ()),
+    ("SLURM_PROCID", "SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_ID")),
+)
+
+
+def _store_from_env(timeout: float | timedelta) -> tuple[dist.Store, int, int]:
+    patience = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    for rank_key, world_key, job_keys in _LAUNCHERS:
+        if rank_key not in os.environ or world_key not in os.environ:
+            continue
+        rank, world_size = int(os.environ[rank_key]), int(os.environ[world_key])
+        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+            return store, rank, world_size
+        if rank_key == "RANK":
+            raise UsageError("pycoll: RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: start with torchrun")
+        return _file_store(job_keys, world_size), rank, world_size
+    raise UsageError("pycoll: the environment names no rank: start with torchrun, mpirun or srun, or give a store, rank and world size")
+
+
+def _file_store(job_keys: Sequence[str], world_size: int) -> dist.Store:
+    """Ranks on one machine whose launcher gives no address meet in a file named after the job; the last one removes it."""
+    job = "-".join(os.environ[key] for key in job_keys if key in os.environ) or f"launcher-{os.getppid()}"
+    name = f"pycoll-{os.getuid()}-{''.join(c if c.isalnum() else '-' for c in job)}-{next(_names)}"
+    return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)
+
+
+@atexit.register
+def _close_all() -> None:
+    for communicator in list(_alive):
+        communicator.close()

@@ -1,0 +1,42 @@
+"""One table of sizes and switch points. Every rank brings its values; a communicator uses the minimum over its ranks.
+
+The figures were found with `pycoll bench all-reduce`; `auto` looks only at what all ranks share: world size and bytes.
+"""
+
+from dataclasses import dataclass
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True)
+class Config:
+    """How much memory a communicator takes and where it switches algorithms. The defaults suit most uses.
+
+    Attributes:
+        channels: threads a rank uses for large tensors; 0: its share of the cores, at most 4.
+        slot_bytes: one staging slot; each channel has two.
+        link_bytes: one buffer of a ring or tree connection; each channel has 3 x `link_slots`.
+        link_slots: buffers a connection has, at least 2.
+        heap_bytes: address space for `Communicator.empty()`; memory is taken only as tensors are made. None: as large as
+            the machine's memory, at most 64 GiB.
+        one_shot_max_bytes: `auto` takes one-shot up to this size and two-shot above. None: by world size.
+        channel_min_bytes: one channel more for each so many bytes of the tensor.
+    """
+
+    channels: int = 0
+    slot_bytes: int = 1 * MiB
+    link_bytes: int = 128 * KiB
+    link_slots: int = 4
+    heap_bytes: int | None = None
+    one_shot_max_bytes: int | None = None
+    channel_min_bytes: int = 512 * KiB
+
+
+# world size up to -> largest tensor that one-shot takes (bytes). Each rank reads all slots, so the more ranks, the sooner two-shot wins.
+ONE_SHOT_MAX_BYTES = {2: 64 * KiB, 4: 32 * KiB, 8: 16 * KiB}
+
+
+def one_shot_max_bytes(world_size: int) -> int:
+    """Where `auto` switches from one-shot to two-shot, in bytes."""
+    fitting = [limit for ranks, limit in ONE_SHOT_MAX_BYTES.items() if world_size <= ranks]
+    return fitting[0] if fitting else 8 * KiB
