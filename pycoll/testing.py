@@ -3,116 +3,218 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
+import signal
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from pycoll.communicator import Communicator
-from pycoll.errors import Error
+from pycoll.errors import Error, TimeoutError
 from pycoll.tuning import Config, MiB
 
 T = TypeVar("T")
 SMALL = Config(heap_bytes=256 * MiB)
 
 
-def run_threads(fn: Callable[[Communicator], T], world_size: int, *, config: Config = SMALL, timeout: float = 60.0) -> list[T]:
+def run_threads(
+    fn: Callable[[Communicator], T], world_size: int, *, config: Config = SMALL, timeout: float = 60.0
+) -> list[T]:
     """Calls `fn(comm)` as every rank, each in a thread of this process. Returns the results in rank order.
 
     Raises:
-        The error of the lowest rank that failed.
+        The first error of any rank: when a rank fails, its communicator closes, and what others raise is a consequence.
     """
     store = dist.HashStore()
     results: list[Any] = [None] * world_size
-    errors: list[BaseException | None] = [None] * world_size
+    failures: list[BaseException] = []
 
     def rank_main(rank: int) -> None:
         try:
             with Communicator(store, rank, world_size, timeout=timeout, config=config, name="threads") as comm:
-                results[rank] = fn(comm)
-        except BaseException as e:  # noqa: BLE001 - carried to the caller
-            errors[rank] = e
+                try:
+                    results[rank] = fn(comm)
+                except BaseException as e:  # before close() lets the other ranks know
+                    failures.append(e)
+        except BaseException as e:
+            failures.append(e)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
+    threads = [threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}") for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for error in errors:
-        if error is not None:
-            raise error
+    if failures:
+        raise failures[0]
     return results
 
 
-def start_processes(fn: Callable[..., Any], world_size: int, *args: Any) -> list[tuple[mp.process.BaseProcess, Connection]]:
-    """Starts `fn(store_path, rank, world_size, *args)` in `world_size` processes; what it returns, or its error, comes through the connection.
+@dataclass(frozen=True)
+class Rank:
+    """What a rank that is a process is called with.
+
+    Attributes:
+        rank: from 0.
+        world_size: how many ranks there are.
+        folder: a folder for all ranks, empty at first; it goes with the processes.
+    """
+
+    rank: int
+    world_size: int
+    folder: Path
+    connection: Connection
+
+    def say(self, value: Any) -> None:
+        """Sends `value` to `Processes.hear`."""
+        self.connection.send(("said", value))
+
+    def listen(self, timeout: float = 60.0) -> Any:
+        """The next value that `Processes.tell` sent to this rank, which it awaits for `timeout` seconds."""
+        if not self.connection.poll(timeout):
+            raise TimeoutError(f"rank {self.rank} was told nothing in {timeout} s")
+        return self.connection.recv()
+
+    def communicator(self, *, timeout: float = 60.0, config: Config = SMALL, name: str = "ranks") -> Communicator:
+        """A communicator of all ranks, which meet in `folder`; see `pycoll.Communicator`."""
+        store = dist.FileStore(str(self.folder / "store"), self.world_size)
+        return Communicator(store, self.rank, self.world_size, timeout=timeout, config=config, name=name)
+
+
+class Processes:
+    """`fn(rank: Rank, *args)` as every rank, each in a process, as a context manager; at its end the processes are killed.
 
     `fn` must be importable. A preloaded fork server makes starting cheap.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pycoll.testing", "numpy"])
-    path = str(Path(tempfile.mkdtemp(prefix="pycoll-test-")) / "store")
-    started = []
-    for rank in range(world_size):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_process_main, args=(theirs, fn, path, rank, world_size, args), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-    return started
+
+    def __init__(self, fn: Callable[..., Any], world_size: int, *args: Any) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["pycoll.testing", "numpy"])
+        self._folder = tempfile.TemporaryDirectory(prefix="pycoll-ranks-", ignore_cleanup_errors=True)
+        self._processes: list[mp.process.BaseProcess] = []
+        self._connections: list[Connection] = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            seat = Rank(rank, world_size, Path(self._folder.name), theirs)
+            process = context.Process(target=_process_main, args=(seat, fn, args), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def pid(self, rank: int) -> int:
+        """The process of `rank`."""
+        pid = self._processes[rank].pid
+        assert pid is not None, "it was started"
+        return pid
+
+    def kill(self, rank: int, signal_number: int = signal.SIGKILL) -> None:
+        """Sends a signal to `rank`."""
+        os.kill(self.pid(rank), signal_number)
+
+    def tell(self, rank: int, value: Any) -> None:
+        """Sends `value` to `Rank.listen` of `rank`."""
+        self._connections[rank].send(value)
+
+    def hear(self, rank: int, timeout: float = 60.0) -> Any:
+        """The next value that `rank` said.
+
+        Raises:
+            Error: it said nothing for `timeout` seconds, ended, died or failed.
+        """
+        kind, value = self._receive(rank, timeout)
+        if kind != "said":
+            raise Error(f"rank {rank} has {kind}: {value}")
+        return value
+
+    def result(self, rank: int, timeout: float = 60.0) -> Any:
+        """What `fn` returned as `rank`.
+
+        Raises:
+            Error: it failed (with its traceback), died, or did not return within `timeout` seconds.
+        """
+        kind, value = "said", None
+        while kind == "said":
+            kind, value = self._receive(rank, timeout)
+        if kind != "returned":
+            raise Error(f"rank {rank} has {kind}: {value}")
+        return value
+
+    def results(self, timeout: float = 60.0) -> list[Any]:
+        """`result` of every rank. If some fail, all that they say within 2 s is in the error: the first need not be the cause."""
+        values: list[Any] = [None] * len(self._processes)
+        failures: list[str] = []
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        while waiting:
+            ready = wait(list(waiting), 2.0 if failures else timeout)
+            if not ready:
+                failures.append(f"ranks {sorted(waiting.values())} did not return")
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                try:
+                    values[rank] = self.result(rank)
+                except Error as e:
+                    failures.append(str(e))
+        if failures:
+            raise Error("\n".join(failures))
+        return values
+
+    def exit_code(self, rank: int, timeout: float = 60.0) -> int | None:
+        """Waits for the process of `rank` to end; None if it does not within `timeout` seconds, -n if signal n killed it."""
+        self._processes[rank].join(timeout)
+        return self._processes[rank].exitcode
+
+    def _receive(self, rank: int, timeout: float) -> tuple[str, Any]:
+        connection = self._connections[rank]
+        if not connection.poll(timeout):
+            raise Error(f"rank {rank} is silent for {timeout} s")
+        try:
+            kind, value = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return "died", "it said nothing"
+        return kind, value
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.kill()
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            process.join()
+            connection.close()
+        self._folder.cleanup()
 
 
-def run_processes(fn: Callable[..., T], world_size: int, *args: Any, timeout: float = 90.0) -> list[T]:
+def run_processes(fn: Callable[..., T], world_size: int, *args: Any, timeout: float = 60.0) -> list[T]:
     """Calls `fn(comm, *args)` as every rank, each in a process. Returns the results in rank order.
 
     Raises:
-        Error: a rank failed; with its traceback.
-        TimeoutError: the ranks did not end within `timeout` seconds; they are killed.
+        Error: ranks failed (with their tracebacks), or are silent for `timeout` seconds.
     """
-    started = start_processes(_with_communicator, world_size, fn, *args)
-    results: list[Any] = [None] * world_size
-    try:
-        waiting = {connection: rank for rank, (_, connection) in enumerate(started)}
-        while waiting:
-            ready = wait(list(waiting), timeout)
-            if not ready:
-                raise TimeoutError(f"ranks {sorted(waiting.values())} did not end within {timeout} s")
-            for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[index]
-                results[rank] = _receive(connection, rank)  # type: ignore[arg-type]
-    finally:
-        for process, connection in started:
-            if process.exitcode is None:
-                process.join(0.5)
-                process.kill()
-            process.join()
-            connection.close()
-    return results
+    with Processes(_with_communicator, world_size, fn, args) as ranks:
+        return ranks.results(timeout)
 
 
-def _receive(connection: Connection, rank: int) -> Any:
-    try:
-        value, error = connection.recv()
-    except EOFError:
-        raise Error(f"rank {rank} died without a word") from None
-    if error is not None:
-        raise Error(f"rank {rank} failed:\n{error}")
-    return value
-
-
-def _with_communicator(path: str, rank: int, world_size: int, fn: Callable[..., T], *args: Any) -> T:
-    store = dist.FileStore(path, world_size)
-    with Communicator(store, rank, world_size, timeout=60.0, config=SMALL, name="processes") as comm:
+def _with_communicator(rank: Rank, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
+    with rank.communicator() as comm:
         return fn(comm, *args)
 
 
-def _process_main(connection: Connection, fn: Callable[..., Any], path: str, rank: int, world_size: int, args: Any) -> None:
+def _process_main(rank: Rank, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)  # the ranks share the cores
     try:
-        connection.send((fn(path, rank, world_size, *args), None))
-    except BaseException:  # noqa: BLE001 - carried to the caller
-        connection.send((None, traceback.format_exc()))
+        rank.connection.send(("returned", fn(rank, *args)))
+    except BaseException:
+        rank.connection.send(("failed", traceback.format_exc()))

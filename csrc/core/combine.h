@@ -31,26 +31,91 @@ namespace strided {
 
 constexpr size_t kVectorBytes = 16;
 
-// On the host an element may have any address; a GPU demands that elements are aligned.
+// Elements a thread takes at once.
 template <class T>
+constexpr size_t kVector = kVectorBytes / sizeof(T);
+
+// What a single element may assume: nothing on the host; a GPU demands that it is aligned.
 #ifdef __CUDA_ARCH__
-constexpr size_t kElementAlignment = alignof(T);
+template <class S>
+constexpr size_t kElementAlignment = alignof(S);
 #else
+template <class S>
 constexpr size_t kElementAlignment = 1;
 #endif
 
-// N values of type T that lie in memory as S, aligned to kAlign bytes.
-template <class S, size_t kAlign, size_t N>
-struct Pack {
-  static constexpr size_t kAlignment = kAlign < sizeof(S) * N ? kAlign : sizeof(S) * N;
+template <class S, size_t N>
+constexpr size_t kAlignment = N > 1 ? kVectorBytes : kElementAlignment<S>;
 
-  PYCOLL_HD static void load(S (&values)[N], const void* base, size_t index) {
-    __builtin_memcpy(values, __builtin_assume_aligned(static_cast<const S*>(base) + index, kAlignment), sizeof values);
+template <class S, size_t N>
+PYCOLL_HD void load(S (&values)[N], const void* base, size_t index) {
+  const void* from = static_cast<const std::byte*>(base) + index * sizeof(S);
+  __builtin_memcpy(values, __builtin_assume_aligned(from, kAlignment<S, N>), sizeof values);
+}
+
+template <class S, size_t N>
+PYCOLL_HD void store(void* base, size_t index, const S (&values)[N]) {
+  void* to = static_cast<std::byte*>(base) + index * sizeof(S);
+  __builtin_memcpy(__builtin_assume_aligned(to, kAlignment<S, N>), values, sizeof values);
+}
+
+template <class T, size_t N>
+PYCOLL_HD void load_source(Accumulator<T> (&values)[N], const CombineArgs& a, int k, size_t index) {
+  if (!kWidens<T> || a.is_wire(k)) return load(values, a.src[k], index);
+  T elements[N];
+  load(elements, a.src[k], index);
+  for (size_t j = 0; j < N; ++j) values[j] = widen(elements[j]);
+}
+
+template <class T, ReduceOp Op, size_t N>
+PYCOLL_HD void combine_at(const CombineArgs& a, size_t index) {
+  constexpr Reduce<Op> kReduce;
+  Accumulator<T> sum[N];
+  load_source<T>(sum, a, 0, index);
+  for (int k = 1; k < a.src_count; ++k) {
+    Accumulator<T> next[N];
+    load_source<T>(next, a, k, index);
+    for (size_t j = 0; j < N; ++j) sum[j] = kReduce(sum[j], next[j]);
   }
-  PYCOLL_HD static void store(void* base, size_t index, const S (&values)[N]) {
-    __builtin_memcpy(__builtin_assume_aligned(static_cast<S*>(base) + index, kAlignment), values, sizeof values);
+  if (!a.final) {
+    for (int d = 0; d < a.dst_count; ++d) store(a.dst[d], index, sum);
+    return;
   }
-};
+  T result[N];
+  for (size_t j = 0; j < N; ++j) result[j] = narrow<T>(kReduce.finalize(sum[j], a.world));
+  for (int d = 0; d < a.dst_count; ++d) store(a.dst[d], index, result);
+}
+
+template <class T>
+PYCOLL_HD bool all_aligned(const CombineArgs& a, size_t index) {
+  const auto aligned = [&](const void* p, bool wire) {
+    return (reinterpret_cast<uintptr_t>(p) + index * (wire ? sizeof(Accumulator<T>) : sizeof(T))) % kVectorBytes == 0;
+  };
+  for (int d = 0; d < a.dst_count; ++d) {
+    if (!aligned(a.dst[d], !a.final)) return false;
+  }
+  for (int k = 0; k < a.src_count; ++k) {
+    if (!aligned(a.src[k], a.is_wire(k))) return false;
+  }
+  return true;
+}
 
 }  // namespace strided
+
+// The share of thread g.thread() of the g.size() threads that call this together: 16-byte vectors from the first element on at which all pointers
+// are aligned, single elements before and after, or everywhere where they never are.
+template <class T, ReduceOp Op, class Group>
+PYCOLL_HD void combine_strided(const Group& g, const CombineArgs& a) {
+  constexpr size_t kN = strided::kVector<T>;
+  size_t head = 0;
+  while (head < kN && !strided::all_aligned<T>(a, head)) ++head;
+  const size_t vectors = head < kN && head < a.count ? (a.count - head) / kN : 0;
+  if (vectors == 0) head = 0;
+  const size_t thread = g.thread(), threads = g.size();
+  for (size_t v = thread; v < vectors; v += threads) strided::combine_at<T, Op, kN>(a, head + v * kN);
+  for (size_t i = thread; i < a.count - vectors * kN; i += threads) {
+    strided::combine_at<T, Op, 1>(a, i < head ? i : i + vectors * kN);
+  }
+}
+
 }  // namespace pycoll

@@ -7,13 +7,12 @@
 #include <mutex>
 #include <vector>
 
+#include "algorithms/cut.h"
 #include "algorithms/direct.h"
+#include "algorithms/links.h"
 #include "algorithms/one_shot.h"
-#include "algorithms/ring.h"
 #include "algorithms/run.h"
-#include "algorithms/tree.h"
 #include "algorithms/two_shot.h"
-#include "core/topology.h"
 #include "cpu/executor.h"
 #include "cpu/heap.h"
 #include "cpu/lanes.h"
@@ -47,42 +46,6 @@ std::string mismatch_text(const std::vector<CallRecord>& records) {
   return text + ". All ranks must make the same calls in the same order";
 }
 
-// The connections of one channel, and how many messages each has carried.
-struct LaneLinks {
-  Connection ring_recv, ring_send, up_recv[2], up_send, down_recv, down_send[2];
-  uint64_t counts[8] = {};
-  RingAllReduce ring;
-  TreeAllReduce tree;
-
-  LaneLinks(const PeerTable& t, int channel) {
-    const int world = t.geometry.world;
-    uint64_t* count = counts;
-    // The connection of `kind` into `receiver`, seen from either end; `child` as in PeerTable::credit_cell.
-    const auto connect = [&](LinkKind kind, int sender, int receiver, int child) {
-      return Connection{&t.head_cell(receiver, channel, kind), &t.credit_cell(sender, channel, kind, child),
-                        t.link_buffers(receiver, channel, kind), count++, sender == t.rank ? receiver : sender};
-    };
-    const RingNeighbours r = ring_neighbours(t.rank, world);
-    ring_recv = connect(kRingLink, r.previous, t.rank, 0);
-    ring_send = connect(kRingLink, t.rank, r.next, 0);
-    ring.ring = {&ring_recv, 1, &ring_send, 1};
-    const TreeNeighbours n = tree_neighbours(t.rank, world, channel % 2 == 1);
-    for (int i = 0; i < n.child_count; ++i) {
-      up_recv[i] = connect(i == 0 ? kTreeUp0 : kTreeUp1, n.children[i], t.rank, 0);
-      down_send[i] = connect(kTreeDown, t.rank, n.children[i], i);
-    }
-    const int has_parent = n.parent >= 0 ? 1 : 0;
-    if (has_parent) {
-      up_send = connect(n.child_index == 0 ? kTreeUp0 : kTreeUp1, t.rank, n.parent, 0);
-      down_recv = connect(kTreeDown, n.parent, t.rank, n.child_index);
-    }
-    tree.up = {up_recv, n.child_count, &up_send, has_parent};
-    tree.turn = {up_recv, n.child_count, down_send, n.child_count};
-    tree.down = {&down_recv, has_parent, down_send, n.child_count};
-  }
-  LaneLinks(const LaneLinks&) = delete;
-};
-
 }  // namespace
 
 struct Communicator::Impl {
@@ -92,7 +55,7 @@ struct Communicator::Impl {
   Watch watch;
   Patience patience;
   std::vector<WindowState> windows;
-  std::vector<std::unique_ptr<LaneLinks>> links;
+  std::vector<std::unique_ptr<ChannelLinks>> links;
   std::vector<CallRecord> records;
   uint64_t sequence = 0;
   const uint64_t generation = fork_generation();
@@ -110,7 +73,7 @@ struct Communicator::Impl {
         records(table.geometry.world) {
     // With a core for each rank a short wait is cheapest spun; else the peer we wait for needs our core.
     patience = table.geometry.world <= attachment->cores ? Patience{4000, 500} : Patience{32, 200};
-    for (int c = 0; c < table.geometry.channels; ++c) links.push_back(std::make_unique<LaneLinks>(table, c));
+    for (int c = 0; c < table.geometry.channels; ++c) links.push_back(std::make_unique<ChannelLinks>(table, c));
   }
 
   int rank() const { return table.rank; }
@@ -228,31 +191,9 @@ struct Communicator::Impl {
     if (!same) throw Error(ErrorKind::kMismatch, mismatch_text(records));
   }
 
-  Partition partition_of(const CallRecord& r, int channel, int channels) const {
-    const size_t element = size_of(r.dtype), slot = table.geometry.slot_bytes / element;
-    const size_t place = table.geometry.place_bytes() / element;
-    const size_t link = table.geometry.link_bytes / accumulator_size(r.dtype);
-    if (r.collective == Collective::kReduceScatter) {
-      const size_t block = r.count / world();
-      return {channel_share(block, channel, channels), place, 1, block};
-    }
-    const Span share = channel_share(r.count, channel, channels);
-    if (r.collective == Collective::kAllGather) return {share, slot, 1, r.count};
-    switch (r.algorithm) {
-      case Algorithm::kRing:
-        return {share, link, world()};
-      case Algorithm::kTree:
-        return {share, link, 1};
-      case Algorithm::kTwoShot:
-        return {share, place, world()};
-      default:
-        return {share, slot, 1};
-    }
-  }
-
   template <class Enter>
   void run_channel(Executor& exec, int channel, int channels, const CallRecord& mine, Operation op, const Enter& enter) {
-    op.partition = partition_of(mine, channel, channels);
+    op.partition = cut(mine, table.geometry, channel, channels);
     Window<Executor> w(exec, op, table, channel, windows[channel], records.data(), mine);
     const auto window = [&](auto algorithm) { run_window<decltype(algorithm)>(w, [&] { return enter(w); }); };
     const auto lane = [&](const auto& algorithm) {

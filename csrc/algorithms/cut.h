@@ -1,0 +1,33 @@
+// How each collective is cut for each algorithm: what a round and a chunk are, given the sizes of slots and link buffers.
+#pragma once
+
+#include "core/layout.h"
+#include "core/partition.h"
+#include "core/record.h"
+
+namespace pycoll {
+
+PYCOLL_HD Partition cut(const CallRecord& r, const Geometry& g, int channel, int channels) {
+  const size_t element = size_of(r.dtype);
+  const size_t slot = g.slot_bytes / element;                        // elements of a slot,
+  const size_t place = g.place_bytes() / element;                    // of one rank's place in it,
+  const size_t buffer = g.link_bytes / accumulator_size(r.dtype);    // of a link buffer
+  if (r.collective == Collective::kReduceScatter) {
+    const size_t block = r.count / g.world;
+    return {channel_share(block, channel, channels), place, 1, block};
+  }
+  const Span share = channel_share(r.count, channel, channels);
+  if (r.collective == Collective::kAllGather) return {share, slot, 1, r.count};
+  switch (r.algorithm) {
+    case Algorithm::kRing:
+      return {share, buffer, g.world};
+    case Algorithm::kTree:
+      return {share, buffer, 1};
+    case Algorithm::kTwoShot:
+      return {share, place, g.world};
+    default:
+      return {share, slot, 1};
+  }
+}
+
+}  // namespace pycoll

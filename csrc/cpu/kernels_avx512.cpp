@@ -1,0 +1,42 @@
+// The kernels for x86-64 with AVX-512 F, BW, DQ and VL, in vectors of 512 bits.
+#ifdef __x86_64__
+
+#include <immintrin.h>
+
+#include "cpu/kernels_isa.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))), apply_to = function)
+#else
+#pragma GCC optimize("O3")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+
+namespace pycoll::cpu {
+namespace {
+
+constexpr const char* kIsa = "avx512";
+constexpr size_t kHalfVector = 16;
+
+PYCOLL_HD void widen_halves(float* to, const void* from) {
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+}
+
+PYCOLL_HD void narrow_halves(void* to, const float* from) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+
+}  // namespace
+}  // namespace pycoll::cpu
+
+#include "cpu/kernels_body.inl"
+
+namespace pycoll::cpu {
+constinit const Kernels kAvx512Kernels = make_table();
+}  // namespace pycoll::cpu
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

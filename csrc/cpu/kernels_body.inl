@@ -1,0 +1,179 @@
+// The loops of cpu/kernels.h, plain ones: included once per instruction set, inside its target pragma, by a file that defines
+//   kIsa             its name
+//   kHalfVector      how many Float16 its conversion instructions take at once, 0 where it has none
+//   widen_halves(float*, const void*), narrow_halves(void*, const float*)   convert that many
+// Everything is in an unnamed namespace, and what is called here is always inlined: no code built for this instruction set gets out of this file.
+// No #include here: what headers define must be compiled for the baseline.
+
+namespace pycoll::cpu {
+namespace {
+
+// The block that all destinations get before the next one is looked at: it, its sources and the local buffers stay in the L1 cache.
+constexpr size_t kBlockBytes = 4096;
+template <class T>
+constexpr size_t kBlock = kBlockBytes / sizeof(Accumulator<T>);
+
+constexpr int kFanIn = 4;  // sources that one loop reads
+
+// Any address is allowed, so no pointer to T is ever formed.
+template <class S>
+PYCOLL_HD S load(const void* base, size_t i) {
+  S value;
+  __builtin_memcpy(&value, static_cast<const std::byte*>(base) + i * sizeof(S), sizeof(S));
+  return value;
+}
+
+template <class S>
+PYCOLL_HD void store(void* base, size_t i, S value) {
+  __builtin_memcpy(static_cast<std::byte*>(base) + i * sizeof(S), &value, sizeof(S));
+}
+
+// dst[i] = src[0][i] op src[1][i] op ...; finalized and rounded where kFinal. A destination that is a source is safe, and so the compiler is told:
+// each element is read before it is written, and no other is.
+template <class T, ReduceOp Op, bool kFinal, size_t... kRest>
+void reduce_loop(void* dst, const void* const* src, size_t n, int world, std::index_sequence<kRest...>) {
+  constexpr Reduce<Op> kReduce;
+  const void* const first = src[0];
+  const void* const rest[sizeof...(kRest) + 1] = {src[kRest + 1]..., nullptr};
+  PYCOLL_INDEPENDENT
+  for (size_t i = 0; i < n; ++i) {
+    Accumulator<T> sum = widen(load<T>(first, i));
+    ((sum = kReduce(sum, widen(load<T>(rest[kRest], i)))), ...);
+    if constexpr (kFinal) {
+      store(dst, i, narrow<T>(kReduce.finalize(sum, world)));
+    } else {
+      store(dst, i, sum);
+    }
+  }
+}
+
+template <class T, ReduceOp Op, bool kFinal>
+void reduce_elements(void* dst, const void* const* src, int src_count, size_t n, int world) {
+  switch (src_count) {
+    case 1:
+      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<0>());
+    case 2:
+      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<1>());
+    case 3:
+      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<2>());
+    case kFanIn:
+      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<3>());
+  }
+}
+
+template <class T>
+void widen_block(float* to, const void* from, size_t n) {
+  size_t i = 0;
+  if constexpr (kHalfVector > 0 && std::is_same_v<T, Float16>) {
+    for (; i + kHalfVector <= n; i += kHalfVector) widen_halves(to + i, static_cast<const std::byte*>(from) + i * sizeof(T));
+  }
+  PYCOLL_INDEPENDENT
+  for (; i < n; ++i) to[i] = load<T>(from, i).to_float();
+}
+
+template <class T>
+void narrow_block(void* to, const float* from, size_t n) {
+  size_t i = 0;
+  if constexpr (kHalfVector > 0 && std::is_same_v<T, Float16>) {
+    for (; i + kHalfVector <= n; i += kHalfVector) narrow_halves(static_cast<std::byte*>(to) + i * sizeof(T), from + i);
+  }
+  PYCOLL_INDEPENDENT
+  for (; i < n; ++i) store(to, i, T::from_float(from[i]));
+}
+
+// Elements at .. at+n of source k as accumulators: where they lie, or widened into `buffer`.
+template <class T>
+const void* accumulators(const CombineArgs& a, int k, size_t at, size_t n, Accumulator<T>* buffer) {
+  const auto* const source = static_cast<const std::byte*>(a.src[k]);
+  if constexpr (kWidens<T>) {
+    if (!a.is_wire(k)) {
+      widen_block<T>(buffer, source + at * sizeof(T), n);
+      return buffer;
+    }
+  }
+  return source + at * sizeof(Accumulator<T>);
+}
+
+// The general way, for at most kBlock elements: a few sources at a time, as accumulators.
+template <class T, ReduceOp Op>
+void reduce_block(void* dst, const CombineArgs& a, size_t at, size_t n) {
+  using A = Accumulator<T>;
+  constexpr ReduceOp kStep = Op == ReduceOp::kAvg ? ReduceOp::kSum : Op;
+  A sum[kBlock<T>];
+  A widened[kFanIn][kWidens<T> ? kBlock<T> : 1];
+  const void* src[kFanIn];
+  int fan = 0;
+  for (int k = 0;;) {
+    while (fan < kFanIn && k < a.src_count) {
+      src[fan] = accumulators<T>(a, k++, at, n, widened[fan]);
+      ++fan;
+    }
+    if (k == a.src_count) break;
+    reduce_elements<A, kStep, false>(sum, src, fan, n, a.world);
+    src[0] = sum;
+    fan = 1;
+  }
+  const bool rounds = kWidens<T> && a.final;
+  void* const to = rounds ? sum : dst;
+  if (Op == ReduceOp::kAvg && a.final) {
+    reduce_elements<A, Op, Op == ReduceOp::kAvg>(to, src, fan, n, a.world);
+  } else {
+    reduce_elements<A, kStep, false>(to, src, fan, n, a.world);
+  }
+  if constexpr (kWidens<T>) {
+    if (rounds) narrow_block<T>(dst, sum, n);
+  }
+}
+
+void copy(void* dst, const void* src, size_t bytes) {
+  __builtin_memcpy(dst, src, bytes);
+}
+
+template <class T, ReduceOp Op>
+void combine(const CombineArgs& a) {
+  // Where a loop can read and write 16-bit elements without a detour; Float16 is faster through its conversion instructions, block by block.
+  constexpr bool kConvertsInLoop = kWidens<T> && !(kHalfVector > 0 && std::is_same_v<T, Float16>);
+  const bool in_one_loop = kConvertsInLoop && a.final && a.wire_sources == 0 && a.src_count <= kFanIn;
+  const size_t size = a.final ? sizeof(T) : sizeof(Accumulator<T>);
+  for (size_t at = 0; at < a.count; at += kBlock<T>) {
+    const size_t n = a.count - at < kBlock<T> ? a.count - at : kBlock<T>;
+    void* const dst = static_cast<std::byte*>(a.dst[0]) + at * size;
+    if (in_one_loop) {
+      const void* src[kFanIn];
+      for (int k = 0; k < a.src_count; ++k) src[k] = static_cast<const std::byte*>(a.src[k]) + at * sizeof(T);
+      if constexpr (kConvertsInLoop) reduce_elements<T, Op, true>(dst, src, a.src_count, n, a.world);
+    } else {
+      reduce_block<T, Op>(dst, a, at, n);
+    }
+    for (int d = 1; d < a.dst_count; ++d) copy(static_cast<std::byte*>(a.dst[d]) + at * size, dst, n * size);
+  }
+}
+
+template <class T>
+constexpr void fill(Kernels& table, DType dtype) {
+  auto& row = table.combine[static_cast<int>(dtype)];
+  row[static_cast<int>(ReduceOp::kSum)] = combine<T, ReduceOp::kSum>;
+  row[static_cast<int>(ReduceOp::kAvg)] = combine<T, ReduceOp::kAvg>;
+  row[static_cast<int>(ReduceOp::kMin)] = combine<T, ReduceOp::kMin>;
+  row[static_cast<int>(ReduceOp::kMax)] = combine<T, ReduceOp::kMax>;
+  row[static_cast<int>(ReduceOp::kProduct)] = combine<T, ReduceOp::kProduct>;
+}
+
+constexpr Kernels make_table() {
+  Kernels table{};
+  table.copy = copy;
+  table.isa = kIsa;
+  fill<float>(table, DType::kFloat32);
+  fill<double>(table, DType::kFloat64);
+  fill<Float16>(table, DType::kFloat16);
+  fill<BFloat16>(table, DType::kBFloat16);
+  fill<int8_t>(table, DType::kInt8);
+  fill<int16_t>(table, DType::kInt16);
+  fill<int32_t>(table, DType::kInt32);
+  fill<int64_t>(table, DType::kInt64);
+  fill<uint8_t>(table, DType::kUInt8);
+  return table;
+}
+
+}  // namespace
+}  // namespace pycoll::cpu

@@ -1,0 +1,210 @@
+// What goes wrong, and what each rank is then told: mismatching calls, ranks that do not come or leave, aborts, queues.
+#include <atomic>
+#include <cstring>
+
+#include "check.h"
+#include "core/layout.h"
+#include "ranks.h"
+
+using namespace pycoll;
+using cpu::Call;
+using cpu::Communicator;
+using cpu::ErrorKind;
+
+namespace {
+
+Call all_reduce(std::vector<float>& x, std::optional<Algorithm> algorithm = {}) {
+  return {.collective = Collective::kAllReduce, .dtype = DType::kFloat32, .algorithm = algorithm, .in = x.data(), .out = x.data(), .count = x.size()};
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+void every_mismatch_is_told_to_every_rank() {
+  const std::vector<std::function<void(Call&)>> deviations = {
+      [](Call& c) { c.count -= 1; },
+      [](Call& c) { c.dtype = DType::kInt32; },
+      [](Call& c) { c.op = ReduceOp::kMax; },
+      [](Call& c) { c.algorithm = Algorithm::kRing; },
+      [](Call& c) { c.algorithm = Algorithm::kTwoShot; },
+      [](Call& c) { c = {.collective = Collective::kBarrier}; },
+      [](Call& c) { c.collective = Collective::kBroadcast, c.algorithm = {}; },
+  };
+  for (const int world : {2, 3, 5}) {
+    for (const auto& deviate : deviations) {
+      std::vector<ErrorKind> kinds;
+      const auto errors = run_ranks(world, small_config(), Milliseconds(20000), [&](Communicator& comm) {
+        std::vector<float> x(3000, 1.0f);
+        Call call = all_reduce(x, Algorithm::kOneShot);
+        if (comm.rank() == world - 1) deviate(call);
+        comm.run(call);
+      }, &kinds);
+      for (int r = 0; r < world; ++r) {
+        CHECK(kinds[r] == ErrorKind::kMismatch);
+        CHECK(contains(errors[r], "all_reduce(float32[3000], sum, one_shot)"));
+        CHECK(contains(errors[r], "rank " + std::to_string(world - 1) + " "));
+      }
+    }
+  }
+}
+
+void roots_must_agree() {
+  std::vector<ErrorKind> kinds;
+  run_ranks(3, small_config(), Milliseconds(20000), [](Communicator& comm) {
+    char x = 0;
+    comm.run({.collective = Collective::kBroadcast, .root = comm.rank() == 1 ? 1 : 0, .in = &x, .out = &x, .count = 1});
+  }, &kinds);
+  for (const ErrorKind k : kinds) CHECK(k == ErrorKind::kMismatch);
+}
+
+void a_rank_that_does_not_come_is_named() {
+  std::vector<ErrorKind> kinds;
+  std::atomic<int> waiting{0};
+  const auto errors = run_ranks(3, small_config(), Milliseconds(300), [&](Communicator& comm) {
+    std::vector<float> x(10, 1.0f);
+    if (comm.rank() == 1) {
+      while (waiting < 2) std::this_thread::yield();  // alive, but does not call
+      return;
+    }
+    try {
+      comm.run(all_reduce(x));
+    } catch (const cpu::Error& e) {
+      ++waiting;
+      CHECK_EQ(e.rank, 1);
+      throw;
+    }
+  }, &kinds);
+  for (const int r : {0, 2}) {
+    CHECK(kinds[r] == ErrorKind::kTimeout);
+    CHECK(contains(errors[r], "rank 1"));
+  }
+}
+
+void a_rank_that_never_attaches_is_named() {
+  MapStore store;
+  try {
+    Communicator comm(store, 0, 2, small_config(), Milliseconds(200));
+    CHECK(false);
+  } catch (const cpu::Error& e) {
+    CHECK(e.kind == ErrorKind::kTimeout);
+    CHECK(contains(e.what(), "rank 1"));
+  }
+}
+
+void a_rank_that_leaves_is_named() {
+  std::vector<ErrorKind> kinds;
+  const auto errors = run_ranks(3, small_config(), Milliseconds(20000), [&](Communicator& comm) {
+    std::vector<float> x(10, 1.0f);
+    comm.run(all_reduce(x));
+    if (comm.rank() != 2) comm.run(all_reduce(x));
+  }, &kinds);
+  CHECK_EQ(errors[2], std::string());
+  for (const int r : {0, 1}) {
+    CHECK(kinds[r] == ErrorKind::kPeerLost);
+    CHECK(contains(errors[r], "rank 2 has left"));
+  }
+}
+
+void leaving_after_the_last_call_harms_nobody() {
+  for (int i = 0; i < 20; ++i) {
+    const auto errors = run_ranks(4, small_config(2), Milliseconds(20000), [&](Communicator& comm) {
+      std::vector<float> x(4000, 1.0f);
+      for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kTwoShot, Algorithm::kRing, Algorithm::kTree}) comm.run(all_reduce(x, a));
+      CHECK_EQ(x[3999], 256.0f);
+    });
+    for (const std::string& e : errors) CHECK_EQ(e, std::string());
+  }
+}
+
+void an_abort_reaches_all_and_is_terminal() {
+  const auto errors = run_ranks(3, small_config(), Milliseconds(20000), [](Communicator& comm) {
+    std::vector<float> x(10, 1.0f);
+    if (comm.rank() == 0) {
+      comm.abort("rank 0 gave up");
+      return;
+    }
+    for (int i = 0; i < 2; ++i) {
+      try {
+        comm.run(all_reduce(x));
+        CHECK(false);
+      } catch (const cpu::Error& e) {
+        CHECK(contains(e.what(), "rank 0 gave up"));
+      }
+    }
+  });
+  for (const std::string& e : errors) CHECK_EQ(e, std::string());
+}
+
+void queued_calls_keep_their_order() {
+  const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [](Communicator& comm) {
+    std::vector<std::vector<float>> queued(50, std::vector<float>(100, 1.0f));
+    std::atomic<int> done{0};
+    for (auto& x : queued) {
+      const int turn = static_cast<int>(&x - queued.data());
+      comm.enqueue(all_reduce(x), [&done, turn](std::exception_ptr failure) {
+        CHECK(!failure);
+        CHECK_EQ(done.load(), turn);
+        ++done;
+      });
+    }
+    std::vector<float> last(100, 2.0f);
+    comm.run(all_reduce(last));  // behind all of them
+    CHECK_EQ(done.load(), 50);
+    CHECK_EQ(last[99], 4.0f);
+    for (const auto& x : queued) CHECK_EQ(x[0], 2.0f);
+  });
+  for (const std::string& e : errors) CHECK_EQ(e, std::string());
+}
+
+void closing_drains_the_queue() {
+  std::atomic<int> done{0};
+  const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [&](Communicator& comm) {
+    std::vector<float> x(50000, 1.0f);
+    for (int i = 0; i < 5; ++i) comm.enqueue(all_reduce(x), [&](std::exception_ptr failure) { done += !failure; });
+    comm.close();
+    comm.close();
+    CHECK_EQ(x[49999], 32.0f);
+    try {
+      comm.run(all_reduce(x));
+      CHECK(false);
+    } catch (const cpu::Error& e) {
+      CHECK(contains(e.what(), "closed"));
+    }
+  });
+  CHECK_EQ(done.load(), 10);
+  for (const std::string& e : errors) CHECK_EQ(e, std::string());
+}
+
+void worlds_must_agree() {
+  MapStore store;
+  std::atomic<int> failed{0};
+  std::thread other([&] {
+    try {
+      Communicator comm(store, 1, 3, small_config(), Milliseconds(500));
+    } catch (const cpu::Error&) {
+      ++failed;
+    }
+  });
+  try {
+    Communicator comm(store, 0, 2, small_config(), Milliseconds(500));
+  } catch (const cpu::Error& e) {
+    failed += contains(e.what(), "world size");
+  }
+  other.join();
+  CHECK_EQ(failed.load(), 2);
+}
+
+}  // namespace
+
+int main() {
+  every_mismatch_is_told_to_every_rank();
+  roots_must_agree();
+  a_rank_that_does_not_come_is_named();
+  a_rank_that_never_attaches_is_named();
+  a_rank_that_leaves_is_named();
+  leaving_after_the_last_call_harms_nobody();
+  an_abort_reaches_all_and_is_terminal();
+  queued_calls_keep_their_order();
+  closing_drains_the_queue();
+  worlds_must_agree();
+  return check::report();
+}

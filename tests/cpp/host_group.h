@@ -1,0 +1,64 @@
+// Several host threads that stand in for a thread block: the executor that runs a device's block logic (leader waits, strided loops, vector tails)
+// under ThreadSanitizer. It proves index and flag logic, not warps, PTX or memory scopes.
+#pragma once
+
+#include <atomic>
+#include <thread>
+#include <barrier>
+#include <vector>
+
+#include "core/atomic.h"
+#include "core/cell.h"
+#include "core/combine.h"
+
+class HostThreadGroup {
+ public:
+  explicit HostThreadGroup(int threads) : size(threads), meet(threads) {}
+  const int size;
+  std::barrier<> meet;
+  std::atomic<bool> ok[2] = {true, true};  // votes of this sync and of the next
+};
+
+// One thread of the group, for elements of type T combined by Op.
+template <class T, pycoll::ReduceOp Op>
+class HostThreadExecutor {
+ public:
+  HostThreadExecutor(HostThreadGroup& group, int thread, int world)
+      : group_(group), thread_(thread), sources_(world + 2), destinations_(world + 2) {}
+
+  size_t thread() const { return thread_; }
+  size_t size() const { return group_.size; }
+  bool leader() const { return thread_ == 0; }
+
+  bool sync(bool ok) {
+    std::atomic<bool>& vote = group_.ok[syncs_ & 1];
+    if (!ok) vote = false;
+    group_.meet.arrive_and_wait();
+    const bool all = vote;
+    if (leader()) group_.ok[~syncs_ & 1] = true;
+    ++syncs_;
+    group_.meet.arrive_and_wait();
+    return all;
+  }
+
+  bool await(const pycoll::Cell& cell, uint64_t value, int) {
+    while (pycoll::load_acquire(cell.value) < value) std::this_thread::yield();
+    return true;
+  }
+  void post(pycoll::Cell& cell, uint64_t value) { pycoll::store_release(cell.value, value); }
+  void combine(const pycoll::CombineArgs& args) const { pycoll::combine_strided<T, Op>(*this, args); }
+  void copy(void* dst, const void* src, size_t bytes) const {
+    void* const dsts[] = {dst};
+    const void* const srcs[] = {src};
+    pycoll::combine_strided<uint8_t, pycoll::ReduceOp::kSum>(*this, {dsts, 1, srcs, 1, 0, true, 1, bytes});
+  }
+  const void** sources() { return sources_.data(); }
+  void** destinations() { return destinations_.data(); }
+
+ private:
+  HostThreadGroup& group_;
+  const int thread_;
+  unsigned syncs_ = 0;
+  std::vector<const void*> sources_;
+  std::vector<void*> destinations_;
+};
