@@ -14,7 +14,7 @@ struct ChannelLinks {
   RingAllReduce ring;
   TreeAllReduce tree;
 
-  ChannelLinks(const PeerTable& t, int channel) {
+  PYCOLL_HD ChannelLinks(const PeerTable& t, int channel) {
     uint64_t* count = counts;
     // The connection of `kind` into `receiver`, as this rank sees it; `child` as in PeerTable::credit_cell.
     const auto connect = [&](LinkKind kind, int sender, int receiver, int child) {

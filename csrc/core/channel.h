@@ -7,6 +7,7 @@
 // The executor `Exec` is the device: a CPU thread, a CUDA block, or host threads that stand in for one.
 //   bool leader()                              whether this thread waits and posts for its group
 //   bool await(const Cell&, uint64_t, int peer)  leader only: until the cell holds at least that value; false (or an exception) on failure
+//   bool await_barrier(const PeerTable&, int channel, uint64_t epoch)  the same for the barrier cells of all other ranks
 //   void post(Cell&, uint64_t)                 leader only
 //   bool sync(bool ok)                         all threads of the group meet; whether all said true
 //   void combine(const CombineArgs&), void copy(void*, const void*, size_t)   all threads, each its part

@@ -1,7 +1,7 @@
 // Reduce several sources into one result and store it in several places: the one inner loop of all collectives.
 //
-// `CombineArgs` is what every device's implementation takes; `combine_strided` is the portable one, for CUDA blocks and for host threads
-// that stand in for a block. The CPU's own loops (cpu/kernels.h) give the same bits.
+// `CombineArgs` is what every device's implementation takes; `combine_strided` is the portable one, for CUDA blocks and
+// for host threads that stand in for a block. The CPU's own loops (cpu/kernels.h) give the same bits.
 #pragma once
 
 #include <cstddef>
@@ -13,16 +13,18 @@
 namespace pycoll {
 
 // dst[j][i] = convert(src[0][i] op src[1][i] op ...), in that order, for all j and i.
-// A destination may be a source (same address, elements of the same size); otherwise they do not overlap, nor do two destinations.
+// A destination may be a source (same address, elements of the same size); otherwise they do not overlap, nor do two
+// destinations.
 struct CombineArgs {
   void* const* dst;
   int dst_count;  // at least 1
   const void* const* src;
   int src_count;          // at least 1; with 1 it copies, casts up to accumulators, or finalizes
-  uint32_t wire_sources;  // bit k: src[k] holds accumulators (fp32 for 16-bit types), not elements; sources past 31 hold elements
-  bool final;             // true: the result is finalized, rounded once and stored as elements; false: stored as accumulators
-  int world;              // what a finalized average is divided by
-  size_t count;           // elements
+  uint32_t wire_sources;  // bit k: src[k] holds accumulators (fp32 for 16-bit types), not elements; sources past 31
+                          // hold elements
+  bool final;    // true: the result is finalized, rounded once and stored as elements; false: stored as accumulators
+  int world;     // what a finalized average is divided by
+  size_t count;  // elements
 
   PYCOLL_HD bool is_wire(int k) const { return k < 32 && (wire_sources >> k & 1) != 0; }
 };
@@ -102,8 +104,8 @@ PYCOLL_HD bool all_aligned(const CombineArgs& a, size_t index) {
 
 }  // namespace strided
 
-// The share of thread g.thread() of the g.size() threads that call this together: 16-byte vectors from the first element on at which all pointers
-// are aligned, single elements before and after, or everywhere where they never are.
+// The share of thread g.thread() of the g.size() threads that call this together: 16-byte vectors from the first
+// element on at which all pointers are aligned, single elements before and after, or everywhere where they never are.
 template <class T, ReduceOp Op, class Group>
 PYCOLL_HD void combine_strided(const Group& g, const CombineArgs& a) {
   constexpr size_t kN = strided::kVector<T>;

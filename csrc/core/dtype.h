@@ -1,4 +1,5 @@
-// The element types of a collective, the 16-bit floats among them with their conversions, and the types they are accumulated in.
+// The element types of a collective, the 16-bit floats among them with their conversions, and the types they are
+// accumulated in.
 #pragma once
 
 #include <cstddef>
@@ -11,18 +12,27 @@ namespace pycoll {
 enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt8, kInt16, kInt32, kInt64, kUInt8 };
 constexpr int kDTypeCount = 9;
 
-// The 16-bit floats as they lie in memory. Both convert to float exactly, and from float by rounding to the nearest, ties to even;
-// infinities, subnormals and signed zeros are kept. A NaN keeps its sign and as many leading bits of its payload as fit, and is made quiet,
-// which is what the F16C instructions do. No branch, so that loops vectorize. Float arithmetic appears only where operands and results are
-// normal numbers or may as well be zero: flush-to-zero modes do not change a bit.
+// All ones where the condition holds: selecting by masks keeps branches out, so that loops vectorize at every
+// instruction set.
+PYCOLL_HD uint32_t mask_if(bool condition) { return -static_cast<uint32_t>(condition); }
+
+PYCOLL_HD uint32_t blend(uint32_t mask, uint32_t where_set, uint32_t where_clear) {
+  return (where_set & mask) | (where_clear & ~mask);
+}
+
+// The 16-bit floats as they lie in memory. Both convert to float exactly, and from float by rounding to the nearest,
+// ties to even; infinities, subnormals and signed zeros are kept. A NaN keeps its sign and as many leading bits of its
+// payload as fit, and is made quiet (as the F16C instructions do; only bfloat16 to float is the mere shift that it is
+// everywhere). Float arithmetic appears only where operands and results are normal numbers or may as well be zero:
+// flush-to-zero modes do not change a bit. Comparisons are signed: SSE2 and AVX2 have no others.
 struct BFloat16 {
   uint16_t bits;
 
   PYCOLL_HD static BFloat16 from_float(float value) {
     const uint32_t x = __builtin_bit_cast(uint32_t, value);
-    const uint32_t rounded = x + 0x7fff + ((x >> 16) & 1);
-    const bool is_nan = (x & 0x7fffffff) > 0x7f800000;
-    return {static_cast<uint16_t>((is_nan ? x | 0x400000 : rounded) >> 16)};
+    const uint32_t nan = mask_if(static_cast<int32_t>(x & 0x7fffffff) > 0x7f800000);
+    const uint32_t increment = 0x7fff + ((x >> 16) & 1);
+    return {static_cast<uint16_t>(((x | (nan & 0x400000)) + (increment & ~nan)) >> 16)};
   }
   PYCOLL_HD float to_float() const { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
 };
@@ -33,28 +43,32 @@ struct Float16 {
   PYCOLL_HD static Float16 from_float(float value) {
     const uint32_t x = __builtin_bit_cast(uint32_t, value);
     const uint32_t magnitude = x & 0x7fffffff;
-    // Normal result: round off 13 bits of mantissa, and move the exponent's bias from 127 to 15. A carry moves up to infinity as it should.
+    const int32_t order = static_cast<int32_t>(magnitude);
+    // Normal result: round off 13 bits of mantissa, and move the exponent's bias from 127 to 15. A carry moves up to
+    // infinity as it should.
     const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    // Below 2^-14: the last bit of 0.5 + |value| is worth 2^-24, as that of a subnormal half, so the addition rounds at the right place.
+    // Below 2^-14: the last bit of 0.5 + |value| is worth 2^-24, as that of a subnormal half, so the addition rounds at
+    // the right place.
     const uint32_t subnormal = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000;
     const uint32_t nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
-    uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-    half = magnitude >= (143u << 23) ? 0x7c00 : half;  // 2^16 and above
-    half = magnitude > 0x7f800000 ? nan : half;
+    uint32_t half = blend(mask_if(order < (113 << 23)), subnormal, normal);
+    half = blend(mask_if(order >= (143 << 23)), 0x7c00, half);  // 2^16 and above
+    half = blend(mask_if(order > 0x7f800000), nan, half);
     return {static_cast<uint16_t>(half | ((x >> 16) & 0x8000))};
   }
   PYCOLL_HD float to_float() const {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-    const uint32_t normal = (magnitude << 13) + (112u << 23);
-    const uint32_t subnormal = __builtin_bit_cast(uint32_t, static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-    const uint32_t infinite = (magnitude << 13) | 0x7f800000 | (magnitude > 0x7c00 ? 0x400000 : 0);
-    uint32_t x = magnitude < 0x400 ? subnormal : normal;
-    x = magnitude >= 0x7c00 ? infinite : x;
-    return __builtin_bit_cast(float, x | sign);
+    const int32_t magnitude = bits & 0x7fff;
+    const uint32_t shifted = static_cast<uint32_t>(magnitude) << 13;
+    const uint32_t subnormal = __builtin_bit_cast(uint32_t, static_cast<float>(magnitude) * 0x1p-24f);
+    const uint32_t infinite_or_nan = shifted | 0x7f800000 | (mask_if(magnitude > 0x7c00) & 0x400000);
+    uint32_t x = blend(mask_if(magnitude < 0x400), subnormal, shifted + (112u << 23));
+    x = blend(mask_if(magnitude >= 0x7c00), infinite_or_nan, x);
+    return __builtin_bit_cast(float, x | static_cast<uint32_t>(bits & 0x8000) << 16);
   }
 };
 
-// What sums are kept in: 16-bit floats are added as float and rounded once, at the end; everything else in its own type.
+// What sums are kept in: 16-bit floats are added as float and rounded once, at the end; everything else in its own
+// type.
 template <class T>
 struct AccumulatorOf {
   using type = T;

@@ -1,8 +1,9 @@
 // The reduction operations, on accumulators.
 //
-// Integers wrap on overflow, as torch's do. Minimum and maximum of a NaN and anything is NaN, as torch.minimum's and torch.maximum's; of two
-// equal values (zeros of different sign) the second is taken. An average is the sum, divided once by the world size, before rounding: true division
-// for floats, in fp32 for the 16-bit ones; for integers the (wrapped) sum is divided and truncated toward zero.
+// Integers wrap on overflow, as torch's do. Minimum and maximum of a NaN and anything is NaN, as torch.minimum's and
+// torch.maximum's; of two equal values (zeros of different sign) the second is taken. An average is the sum, divided
+// once by the world size, before rounding: true division for floats, in fp32 for the 16-bit ones; for integers the
+// (wrapped) sum is divided and truncated toward zero.
 #pragma once
 
 #include <cstdint>

@@ -123,10 +123,7 @@ class Window {
     bool ok = true;
     if (exec_.leader()) {
       exec_.post(peers_.barrier_cell(rank(), channel_, epoch), epoch);
-      for (int i = 1; ok && i < world(); ++i) {
-        const int r = (rank() + i) % world();
-        ok = exec_.await(peers_.barrier_cell(r, channel_, epoch), epoch, r);
-      }
+      ok = exec_.await_barrier(peers_, channel_, epoch);
     }
     return exec_.sync(ok);
   }

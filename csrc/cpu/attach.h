@@ -48,6 +48,7 @@ struct Control {
   int32_t kind;       // ErrorKind
   int32_t culprit;
   char text[1024];
+  uint32_t waits_for;  // 1 + the rank that this one waits for by now more than an instant, else 0
 };
 static_assert(sizeof(Control) <= Geometry::kControlBytes);
 

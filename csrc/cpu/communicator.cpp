@@ -53,7 +53,7 @@ struct Communicator::Impl {
   std::shared_ptr<Heap> heap;
   PeerTable table;
   Watch watch;
-  Patience patience;
+  int spins;
   std::vector<WindowState> windows;
   std::vector<std::unique_ptr<ChannelLinks>> links;
   std::vector<CallRecord> records;
@@ -72,7 +72,7 @@ struct Communicator::Impl {
         windows(table.geometry.channels),
         records(table.geometry.world) {
     // With a core for each rank a short wait is cheapest spun; else the peer we wait for needs our core.
-    patience = table.geometry.world <= attachment->cores ? Patience{4000, 500} : Patience{32, 200};
+    spins = table.geometry.world <= attachment->cores ? 4000 : 32;
     for (int c = 0; c < table.geometry.channels; ++c) links.push_back(std::make_unique<ChannelLinks>(table, c));
   }
 
@@ -118,8 +118,23 @@ struct Communicator::Impl {
     ++sequence;
     if (world() == 1) return alone(call, mine);
     std::exception_ptr failure = guarded([&] { collective(call, mine, in_caller); });
-    const std::exception_ptr other = lanes.join();
-    if (failure || other) std::rethrow_exception(failure ? failure : other);
+    const std::exception_ptr other = lanes.join([&] {
+      const std::exception_ptr interrupted = in_caller ? guarded(check_interrupt) : nullptr;
+      if (interrupted && !failure) failure = interrupted;
+    });
+    if (!failure) failure = other;
+    // A rank that failed may have used its tensors again while this one still read them (F5).
+    if (!failure && reaches_into_tensors(mine)) failure = guarded([&] { watch.throw_if_any_rank_failed(); });
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  bool reaches_into_tensors(const CallRecord& mine) const {
+    if (mine.collective == Collective::kBarrier || mine.algorithm == Algorithm::kOneShot || mine.algorithm == Algorithm::kRing ||
+        mine.algorithm == Algorithm::kTree) {
+      return false;
+    }
+    return std::any_of(records.begin(), records.end(),
+                       [](const CallRecord& r) { return r.in_offset != kNotMapped || r.out_offset != kNotMapped; });
   }
 
   // Whatever goes wrong is told to the peers, and to this rank's other lanes, at once; it ends the communicator.
@@ -161,7 +176,7 @@ struct Communicator::Impl {
   }
 
   Executor executor(const CallRecord& mine, bool in_caller) const {
-    return Executor(Waiter(watch, patience, in_caller), mine.dtype, mine.op, world());
+    return Executor(Waiter(watch, spins, in_caller), mine.dtype, mine.op, world());
   }
 
   int channels_for(const CallRecord& r) const {
@@ -227,6 +242,10 @@ struct Communicator::Impl {
   }
 
   void close() {
+    if (queue.inside()) {  // a signal handler or a callback: end the call; who owns the communicator closes it later
+      (void)watch.fail(Error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective", rank()));
+      return;
+    }
     const std::lock_guard guard(closing);
     if (closed) return;
     queue.stop();
@@ -257,7 +276,13 @@ Communicator::~Communicator() {
 
 void Communicator::run(const Call& call) {
   impl_->check_usable();
-  impl_->queue.run([this, call](bool in_caller) { impl_->execute(call, in_caller); }, check_interrupt);
+  if (impl_->queue.inside()) {
+    throw Error(ErrorKind::kUsage, "pycoll: a collective was called from within another, by a signal handler or a callback");
+  }
+  const auto interrupt = [this] {
+    if (const std::exception_ptr failure = impl_->guarded(check_interrupt)) std::rethrow_exception(failure);
+  };
+  impl_->queue.run([this, call](bool in_caller) { impl_->execute(call, in_caller); }, interrupt);
 }
 
 void Communicator::enqueue(const Call& call, std::function<void(std::exception_ptr)> done) {

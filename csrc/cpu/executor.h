@@ -24,6 +24,10 @@ class Executor {
     waiter_.await(cell, value, peer);
     return true;
   }
+  bool await_barrier(const PeerTable& table, int channel, uint64_t epoch) {
+    waiter_.await_barrier(table, channel, epoch);
+    return true;
+  }
   void post(Cell& cell, uint64_t value) const { cpu::post(cell, value); }
   void combine(const CombineArgs& args) const { combine_(args); }
   void copy(void* dst, const void* src, size_t bytes) const { kernels_.copy(dst, src, bytes); }

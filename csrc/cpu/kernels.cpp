@@ -39,7 +39,8 @@ const Kernels& choose() {
     if (wanted == nullptr || std::strcmp(wanted, build.kernels->isa) == 0) return *build.kernels;
     possible += (possible.empty() ? "" : ", ") + std::string(build.kernels->isa);
   }
-  throw std::invalid_argument("PYCOLL_SIMD=" + std::string(wanted) + " is not available here; unset it or set it to one of: " + possible);
+  throw std::invalid_argument("PYCOLL_SIMD=" + std::string(wanted) +
+                              " is not available here; unset it or set it to one of: " + possible);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The CPU's inner loops: reductions of every dtype and op, and copies, compiled for several instruction sets; the best one is chosen at run time.
+// The CPU's inner loops: reductions of every dtype and op, and copies, compiled for several instruction sets; the best
+// one is chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +15,8 @@ struct Kernels {
   const char* isa;                                                   // "baseline", "avx2" or "avx512"
 };
 
-// The best that this CPU has, or what the environment variable PYCOLL_SIMD names. Throws std::invalid_argument where that is
-// unknown or this CPU lacks it.
+// The best that this CPU has, or what the environment variable PYCOLL_SIMD names. Throws std::invalid_argument where
+// that is unknown or this CPU lacks it.
 const Kernels& kernels();
 
 // Those of one instruction set; null where it is unknown, or this CPU or this build lacks it.

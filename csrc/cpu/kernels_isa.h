@@ -1,5 +1,5 @@
-// Between the files that build the kernels for one instruction set each and the one that chooses: their tables, and what they all include
-// before their target pragma.
+// Between the files that build the kernels for one instruction set each and the one that chooses: their tables, and
+// what they all include before their target pragma.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,8 @@
 #include "cpu/lanes.h"
 
+#include <chrono>
+#include <utility>
+
 #include "cpu/os.h"
 
 namespace pycoll::cpu {
@@ -20,10 +23,14 @@ void Lanes::start(int count, std::function<void(int)> job) {
   changed_.notify_all();
 }
 
-std::exception_ptr Lanes::join() {
+std::exception_ptr Lanes::join(const std::function<void()>& meanwhile) {
   std::unique_lock guard(lock_);
-  changed_.wait(guard, [&] { return running_ == 0; });
-  return failure_;
+  while (!changed_.wait_for(guard, std::chrono::milliseconds(20), [&] { return running_ == 0; })) {
+    guard.unlock();
+    meanwhile();
+    guard.lock();
+  }
+  return std::exchange(failure_, nullptr);
 }
 
 void Lanes::stop() {

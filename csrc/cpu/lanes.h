@@ -16,7 +16,8 @@ class Lanes {
 
   // Runs job(1) ... job(count - 1), each in its own thread, until join(). One job at a time.
   void start(int count, std::function<void(int channel)> job);
-  std::exception_ptr join();  // waits for all; what the first that failed threw
+  // Waits for all; what the first that failed threw. `meanwhile` is called about every 20 ms and must not throw.
+  std::exception_ptr join(const std::function<void()>& meanwhile);
   void stop();
 
  private:

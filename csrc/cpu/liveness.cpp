@@ -7,6 +7,7 @@
 #include <mutex>
 #include <thread>
 
+#include "core/atomic.h"
 #include "cpu/error.h"
 
 namespace pycoll::cpu {
@@ -14,7 +15,15 @@ namespace pycoll::cpu {
 namespace {
 constexpr size_t kPageBytes = 4096;
 
-pthread_mutex_t* mutex_of(const Mapping& page) { return reinterpret_cast<pthread_mutex_t*>(page.data()); }
+// What a process shows of itself.
+struct Page {
+  pthread_mutex_t held;  // by the keeper
+  uint32_t dead;         // 1: a watcher has found it so
+  uint32_t left;         // 1: the keeper ended in order
+};
+static_assert(sizeof(Page) <= kPageBytes);
+
+Page& page_of(const Mapping& page) { return *reinterpret_cast<Page*>(page.data()); }
 
 struct Current {  // this process's keeper; a forked child starts afresh
   std::mutex lock;
@@ -40,12 +49,13 @@ struct Keeper::State {
   std::thread thread;
 
   void hold() {
-    pthread_mutex_lock(mutex_of(page));
+    pthread_mutex_lock(&page_of(page).held);
     std::unique_lock guard(lock);
     holding = true;
     changed.notify_all();
     changed.wait(guard, [&] { return ending; });
-    pthread_mutex_unlock(mutex_of(page));
+    store_release(page_of(page).left, uint32_t{1});
+    pthread_mutex_unlock(&page_of(page).held);
   }
 };
 
@@ -57,7 +67,7 @@ Keeper::Keeper() : state_(std::make_unique<State>()) {
   pthread_mutexattr_init(&robust);
   pthread_mutexattr_setpshared(&robust, PTHREAD_PROCESS_SHARED);
   pthread_mutexattr_setrobust(&robust, PTHREAD_MUTEX_ROBUST);
-  pthread_mutex_init(mutex_of(s.page), &robust);
+  pthread_mutex_init(&page_of(s.page).held, &robust);
   pthread_mutexattr_destroy(&robust);
   {
     const SignalsBlocked no_signals;
@@ -97,18 +107,17 @@ int Keeper::page_fd() const { return state_->fd.get(); }
 PeerLiveness::PeerLiveness(const Fd& page) : page_(page.get(), kPageBytes) {}
 
 Life PeerLiveness::look() const {
-  switch (pthread_mutex_trylock(mutex_of(page_))) {
-    case EBUSY:
-      return Life::kAlive;
-    case 0:
-      pthread_mutex_unlock(mutex_of(page_));
-      return Life::kLeft;
-    case EOWNERDEAD:  // unlocked without being made consistent it is beyond recovery: every other watcher learns it too
-      pthread_mutex_unlock(mutex_of(page_));
-      return Life::kDead;
-    default:
-      return Life::kDead;
-  }
+  Page& page = page_of(page_);
+  if (load_acquire(page.dead) != 0) return Life::kDead;
+  if (load_acquire(page.left) != 0) return Life::kLeft;
+  const int locked = pthread_mutex_trylock(&page.held);
+  if (locked == EBUSY) return Life::kAlive;
+  // Only the first watchers are told: after this unlock, which does not make the mutex consistent, it reads as busy for ever. So write it down first;
+  // should this watcher be killed before, the kernel tells the next one again.
+  const Life life = load_acquire(page.left) != 0 ? Life::kLeft : Life::kDead;
+  if (life == Life::kDead) store_release(page.dead, uint32_t{1});
+  if (locked == 0 || locked == EOWNERDEAD) pthread_mutex_unlock(&page.held);
+  return life;
 }
 
 }  // namespace pycoll::cpu

@@ -10,16 +10,18 @@ namespace pycoll::cpu {
 bool Queue::begin() {
   const std::lock_guard guard(lock_);
   if (busy_ || !jobs_.empty() || ending_) return false;
+  holder_ = std::this_thread::get_id();
   return busy_ = true;
 }
 
 void Queue::end() {
   const std::lock_guard guard(lock_);
   busy_ = false;
+  holder_ = std::thread::id{};
   if (!jobs_.empty() || ending_) changed_.notify_all();
 }
 
-void Queue::run_queued(std::function<void(bool)> call, void (*interrupt)()) {
+void Queue::run_queued(std::function<void(bool)> call, const std::function<void()>& interrupt) {
   struct Result {
     std::mutex lock;
     std::condition_variable changed;
@@ -33,12 +35,19 @@ void Queue::run_queued(std::function<void(bool)> call, void (*interrupt)()) {
     result->done = true;
     result->changed.notify_all();
   });
+  std::exception_ptr interrupted;
   std::unique_lock guard(result->lock);
   while (!result->changed.wait_for(guard, std::chrono::milliseconds(20), [&] { return result->done; })) {
+    if (interrupted) continue;
     guard.unlock();
-    interrupt();
+    try {
+      interrupt();
+    } catch (...) {
+      interrupted = std::current_exception();
+    }
     guard.lock();
   }
+  if (interrupted) std::rethrow_exception(interrupted);
   if (result->failure) std::rethrow_exception(result->failure);
 }
 
@@ -61,6 +70,7 @@ void Queue::work() {
     Job job = std::move(jobs_.front());
     jobs_.pop_front();
     busy_ = true;
+    holder_ = std::this_thread::get_id();
     guard.unlock();
     std::exception_ptr failure;
     try {
@@ -72,6 +82,7 @@ void Queue::work() {
     job = {};  // what the call kept alive goes before the next call starts
     guard.lock();
     busy_ = false;
+    holder_ = std::thread::id{};
     changed_.notify_all();
   }
 }

@@ -4,6 +4,7 @@
 // started with the first such call and ended by stop().
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -21,9 +22,10 @@ class Queue {
   ~Queue() { stop(); }
 
   // Runs `call` here and now, if nothing comes before it, else queued; returns when it is done and throws what it throws.
-  // `interrupt` is called now and then while another thread runs it, and may throw: the call goes on.
-  template <class F>
-  void run(const F& call, void (*interrupt)()) {
+  // `interrupt` is called about every 20 ms while another thread runs it. It may throw, having seen to it that the call ends soon: what it threw is
+  // thrown on when the call, which uses the caller's memory, has ended.
+  template <class F, class Interrupt>
+  void run(const F& call, const Interrupt& interrupt) {
     if (!begin()) return run_queued(call, interrupt);
     const struct End {
       Queue& queue;
@@ -37,6 +39,9 @@ class Queue {
 
   void stop();  // runs what is queued, then ends the worker
 
+  // Whether this thread is inside a call: a signal handler that runs in a wait, or a callback of `done`. It must neither run nor stop.
+  bool inside() const { return holder_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+
  private:
   struct Job {
     std::function<void(bool)> call;
@@ -44,13 +49,14 @@ class Queue {
   };
   bool begin();  // whether the caller may run its call itself; if so it must call end()
   void end();
-  void run_queued(std::function<void(bool)> call, void (*interrupt)());
+  void run_queued(std::function<void(bool)> call, const std::function<void()>& interrupt);
   void work();
 
   std::mutex lock_;
   std::condition_variable changed_;
   std::deque<Job> jobs_;
-  bool busy_ = false;  // some thread runs a call
+  bool busy_ = false;  // some thread runs a call:
+  std::atomic<std::thread::id> holder_{};
   bool ending_ = false;
   std::thread worker_;
 };

@@ -5,15 +5,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
-#include <cstring>
 #include <string>
+#include <vector>
 
 namespace pycoll::cpu {
 
 namespace {
 std::atomic<void (*)()> interrupt_check{nullptr};
-constexpr auto kLongestSleep = std::chrono::microseconds(20000);
-constexpr int kYieldsPerLook = 256;
+
+constexpr auto kFirstSleep = std::chrono::microseconds(1000), kLongestSleep = std::chrono::microseconds(20000);
+// Yielding is measured in time, not in turns: beside busy threads one turn can take 20 ms, and then sleeping costs less.
+constexpr auto kYielding = std::chrono::microseconds(200), kLongTurn = std::chrono::microseconds(100);
 }  // namespace
 
 void set_interrupt_check(void (*check)()) { interrupt_check = check; }
@@ -24,73 +26,122 @@ void check_interrupt() {
 
 void Watch::throw_failure_of(int rank) const {
   const Control& c = a_.control(rank);
-  if (load_acquire(c.failed) != 2) return;
+  if (load_acquire(c.failed) == 0) return;
+  const auto patience = Clock::now() + kLongestSleep;
+  while (load_acquire(c.failed) != 2) {  // being written, by a few stores
+    if (Clock::now() > patience) throw Error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank) + " has failed", rank);
+    relax();
+  }
   throw Error(static_cast<ErrorKind>(c.kind), c.text, c.culprit);
 }
 
 void Watch::throw_if_failed() const { throw_failure_of(a_.rank); }
 
-void Watch::look(const Cell& cell, uint64_t value, int peer, Clock::time_point deadline) const {
-  // The news first, the cell after it: what a rank did before it failed or died still counts.
-  const Life life = a_.liveness[peer].look();
-  const bool left = load_acquire(a_.control(peer).departed) != 0 || life == Life::kLeft;
+void Watch::throw_if_any_rank_failed() const {
+  for (int r = 0; r < a_.geometry.world; ++r) throw_failure_of(r);
+}
+
+void Watch::waits_for(int peer) const { store_release(a_.control(a_.rank).waits_for, static_cast<uint32_t>(peer + 1)); }
+
+void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline) const {
   const bool late = Clock::now() > deadline;
-  int failed = -1;
-  for (int r = 0; r < a_.geometry.world && failed < 0; ++r) {
-    if (load_acquire(a_.control(r).failed) == 2) failed = r;
+  for (int r = 0; r < a_.geometry.world; ++r) {
+    if (load_acquire(a_.control(r).failed) == 0) continue;
+    if (std::all_of(missing.begin(), missing.end(), [](const Awaited& w) { return w.here(); })) return;
+    throw_failure_of(r);
   }
-  if (load_acquire(cell.value) >= value) return;
-  if (failed >= 0) throw_failure_of(failed);
-  const std::string who = "rank " + std::to_string(peer);
-  if (life == Life::kDead) {
-    throw Error(ErrorKind::kPeerLost, "pycoll: " + who + " is lost: its process has died", peer);
+  for (const Awaited& awaited : missing) look_at(awaited);
+  for (const Awaited& awaited : missing) {
+    if (late && !awaited.here()) throw_late(awaited.peer);
   }
+}
+
+void Watch::look_at(const Awaited& awaited) const {
+  // The news first, the cell after it: what a rank did before it died or left still counts.
+  const Life life = a_.liveness[awaited.peer].look();
+  const bool left = load_acquire(a_.control(awaited.peer).departed) != 0 || life == Life::kLeft;
+  if ((life == Life::kAlive && !left) || awaited.here()) return;
+  const std::string who = "pycoll: rank " + std::to_string(awaited.peer);
   if (left) {
     throw Error(ErrorKind::kPeerLost,
-                "pycoll: " + who + " has left: it closed its communicator while rank " + std::to_string(a_.rank) +
+                who + " has left: it closed its communicator while rank " + std::to_string(a_.rank) +
                     " still waits for it. Do all ranks make the same calls?",
-                peer);
+                awaited.peer);
   }
-  if (late) {
-    throw Error(ErrorKind::kTimeout,
-                "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout_.count()) + " ms for " + who +
-                    ", which is alive but did not come. Did it make this call? Raise `timeout` if it is slow",
-                peer);
+  throw Error(ErrorKind::kPeerLost, who + " is lost: its process has died", awaited.peer);
+}
+
+void Watch::throw_late(int peer) const {
+  int culprit = peer;  // who may itself be waiting for another, and so on: the last of the chain holds up all
+  for (int i = 0; i < a_.geometry.world; ++i) {
+    const uint32_t next = load_acquire(a_.control(culprit).waits_for);
+    if (next == 0 || next > static_cast<uint32_t>(a_.geometry.world) || static_cast<int>(next) - 1 == a_.rank) break;
+    culprit = static_cast<int>(next) - 1;
   }
+  throw Error(ErrorKind::kTimeout,
+              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout_.count()) + " ms for rank " +
+                  std::to_string(culprit) + ", which is alive but did not come. Did it make this call? Raise `timeout` if it is slow",
+              culprit);
 }
 
 Error Watch::fail(const Error& error) const {
   Control& c = a_.control(a_.rank);
   if (!compare_exchange(c.failed, uint32_t{0}, uint32_t{1})) {
-    while (load_acquire(c.failed) != 2) relax();  // another thread of this rank is at the few stores below
-    return Error(static_cast<ErrorKind>(c.kind), c.text, c.culprit);
+    try {
+      throw_failure_of(a_.rank);
+    } catch (const Error& first) {
+      return first;
+    }
   }
   c.kind = static_cast<int32_t>(error.kind);
   c.culprit = error.rank;
   std::snprintf(c.text, sizeof(c.text), "%s", error.what());
-  store_release(c.failed, uint32_t{2});
+  exchange_seq_cst(c.failed, uint32_t{2});  // before anything the caller does to its tensors after the error
   return error;
 }
 
-void Waiter::await_slowly(const Cell& cell, uint64_t value, int peer) {
+void Waiter::await_barrier_slowly(const PeerTable& table, int channel, uint64_t epoch) {
+  std::vector<Awaited> missing;
+  for (int r = 0; r < table.geometry.world; ++r) {
+    const Awaited awaited{&table.barrier_cell(r, channel, epoch), epoch, r};
+    if (r != table.rank && !awaited.here()) missing.push_back(awaited);
+  }
+  await_slowly(missing);
+}
+
+void Waiter::await_slowly(std::span<const Awaited> missing) {
   if (deadline_ == Clock::time_point{}) deadline_ = Clock::now() + watch_.timeout();
-  for (int i = 1; i <= patience_.yields; ++i) {
-    if (load_acquire(cell.value) >= value) return;
+  for (; !missing.empty(); missing = missing.subspan(1)) {
+    if (!yield_until_here(missing[0])) sleep_until_here(missing);
+  }
+}
+
+bool Waiter::yield_until_here(const Awaited& awaited) const {
+  const auto begin = Clock::now();
+  for (auto before = begin; before - begin < kYielding;) {
+    if (awaited.here()) return true;
     sched_yield();
-    if (i % kYieldsPerLook == 0) watch_.look(cell, value, peer, deadline_);
+    const auto now = Clock::now();
+    if (now - before > kLongTurn) break;
+    before = now;
   }
-  auto nap = std::chrono::microseconds(1000);
-  uint32_t& sleepers = const_cast<Cell&>(cell).sleepers;
-  while (load_acquire(cell.value) < value) {
+  return awaited.here();
+}
+
+void Waiter::sleep_until_here(std::span<const Awaited> missing) const {
+  const Awaited& awaited = missing[0];
+  uint32_t& sleepers = const_cast<Cell*>(awaited.cell)->sleepers;
+  watch_.waits_for(awaited.peer);
+  for (auto nap = kFirstSleep; !awaited.here(); nap = std::min(nap * 2, kLongestSleep)) {
     fetch_add_seq_cst(sleepers, uint32_t{1});
-    const uint64_t seen = load_seq_cst(cell.value);
-    if (seen < value) futex_wait(cell.value, static_cast<uint32_t>(seen), nap);
+    const uint64_t seen = load_seq_cst(awaited.cell->value);
+    if (seen < awaited.value) futex_wait(awaited.cell->value, static_cast<uint32_t>(seen), nap);
     fetch_add_seq_cst(sleepers, ~uint32_t{0});
-    if (load_acquire(cell.value) >= value) return;
-    watch_.look(cell, value, peer, deadline_);
+    if (awaited.here()) break;
+    watch_.look(missing, deadline_);
     if (interruptible_) check_interrupt();
-    nap = std::min(nap * 2, kLongestSleep);
   }
+  watch_.waits_for(-1);
 }
 
 void wake(Cell& cell) { futex_wake_all(cell.value); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <span>
 
 #include "core/atomic.h"
 #include "core/cell.h"
@@ -18,10 +19,13 @@ inline void relax() {
 #endif
 }
 
-// How long to wait in which way before the next.
-struct Patience {
-  int spins;   // looks at the cell, with a pause of the pipeline between
-  int yields;  // looks with the core offered to other threads between
+// A cell that must reach a value, and who posts it.
+struct Awaited {
+  const Cell* cell;
+  uint64_t value;
+  int peer;
+
+  bool here() const { return load_acquire(cell->value) >= value; }
 };
 
 // One a communicator: what all its waits have in common.
@@ -29,18 +33,25 @@ class Watch {
  public:
   Watch(const Attachment& attachment, std::chrono::milliseconds timeout) : a_(attachment), timeout_(timeout) {}
 
-  // Raises if a rank has failed, if `peer` is dead or has left, or if the deadline is over; unless `cell` has the value by now.
-  void look(const Cell& cell, uint64_t value, int peer, Clock::time_point deadline) const;
+  // Raises if a rank has failed, if one that is waited for is dead or has left, or if the deadline is over; unless all is here by now.
+  void look(std::span<const Awaited> missing, Clock::time_point deadline) const;
 
-  // Tells the other ranks why this one stops; only the first call counts. Returns what counts.
+  // Tells the other ranks why this one stops. Only the first failure of a rank counts; returns that one.
   Error fail(const Error& error) const;
-  void throw_if_failed() const;  // this rank's own failure
+  void throw_if_failed() const;         // this rank's failure
+  void throw_if_any_rank_failed() const;
+
+  // Names the rank that this one waits for (-1: none), so that a time-out can follow the chain to the rank that holds up all.
+  void waits_for(int peer) const;
 
   std::chrono::milliseconds timeout() const { return timeout_; }
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
 
  private:
   void throw_failure_of(int rank) const;
+  void look_at(const Awaited& awaited) const;
+  [[noreturn]] void throw_late(int peer) const;
+
   const Attachment& a_;
   std::chrono::milliseconds timeout_;
 };
@@ -52,21 +63,37 @@ void check_interrupt();
 // One thread's waits within one collective.
 class Waiter {
  public:
-  Waiter(const Watch& watch, Patience patience, bool interruptible)
-      : watch_(watch), patience_(patience), interruptible_(interruptible) {}
+  // `spins`: looks at a cell, with a pause of the pipeline between, before the core is offered to other threads.
+  Waiter(const Watch& watch, int spins, bool interruptible) : watch_(watch), spins_(spins), interruptible_(interruptible) {}
 
   void await(const Cell& cell, uint64_t value, int peer) {
-    for (int i = 0; i < patience_.spins; ++i) {
-      if (load_acquire(cell.value) >= value) return;
-      relax();
+    const Awaited awaited{&cell, value, peer};
+    if (!spin(awaited)) await_slowly({&awaited, 1});
+  }
+
+  // Until all other ranks have posted barrier `epoch` of the channel.
+  void await_barrier(const PeerTable& table, int channel, uint64_t epoch) {
+    for (int i = 1; i < table.geometry.world; ++i) {
+      const int peer = (table.rank + i) % table.geometry.world;
+      if (!spin({&table.barrier_cell(peer, channel, epoch), epoch, peer})) return await_barrier_slowly(table, channel, epoch);
     }
-    await_slowly(cell, value, peer);
   }
 
  private:
-  void await_slowly(const Cell& cell, uint64_t value, int peer);
+  bool spin(const Awaited& awaited) const {
+    for (int i = 0; i < spins_; ++i) {
+      if (awaited.here()) return true;
+      relax();
+    }
+    return awaited.here();
+  }
+  void await_barrier_slowly(const PeerTable& table, int channel, uint64_t epoch);
+  void await_slowly(std::span<const Awaited> missing);
+  bool yield_until_here(const Awaited& awaited) const;
+  void sleep_until_here(std::span<const Awaited> missing) const;
+
   const Watch& watch_;
-  const Patience patience_;
+  const int spins_;
   const bool interruptible_;
   Clock::time_point deadline_{};  // of the collective, set by its first slow wait
 };

@@ -10,6 +10,7 @@
 #include "core/atomic.h"
 #include "core/cell.h"
 #include "core/combine.h"
+#include "core/layout.h"
 
 class HostThreadGroup {
  public:
@@ -44,6 +45,14 @@ class HostThreadExecutor {
   bool await(const pycoll::Cell& cell, uint64_t value, int) {
     while (pycoll::load_acquire(cell.value) < value) std::this_thread::yield();
     return true;
+  }
+  bool await_barrier(const pycoll::PeerTable& table, int channel, uint64_t epoch) {
+    bool ok = true;
+    for (int i = 1; ok && i < table.geometry.world; ++i) {
+      const int r = (table.rank + i) % table.geometry.world;
+      ok = await(table.barrier_cell(r, channel, epoch), epoch, r);
+    }
+    return ok;
   }
   void post(pycoll::Cell& cell, uint64_t value) { pycoll::store_release(cell.value, value); }
   void combine(const pycoll::CombineArgs& args) const { pycoll::combine_strided<T, Op>(*this, args); }

@@ -1,14 +1,18 @@
-// The loops of cpu/kernels.h, plain ones: included once per instruction set, inside its target pragma, by a file that defines
-//   kIsa             its name
-//   kHalfVector      how many Float16 its conversion instructions take at once, 0 where it has none
-//   widen_halves(float*, const void*), narrow_halves(void*, const float*)   convert that many
-// Everything is in an unnamed namespace, and what is called here is always inlined: no code built for this instruction set gets out of this file.
-// No #include here: what headers define must be compiled for the baseline.
+// The loops of cpu/kernels.h, plain ones: included once per instruction set, inside its target pragma, by a file that
+// defines
+//   kIsa      its name
+//   Halves    its instructions that convert Float16: how many they take at once, 0 where it has none; widen and narrow
+//   kCopyLoopFrom, kCopyLoopTo   the sizes in bytes at which a plain loop copies faster than memcpy (measured in the L1
+//   cache)
+// Everything is in an unnamed namespace, and what is called here is always inlined: no code built for this instruction
+// set gets out of this file. No #include here: what headers define must be compiled for the baseline.
+#pragma once
 
 namespace pycoll::cpu {
 namespace {
 
-// The block that all destinations get before the next one is looked at: it, its sources and the local buffers stay in the L1 cache.
+// The block that all destinations get before the next one is looked at: it, its sources and the local buffers stay in
+// the L1 cache.
 constexpr size_t kBlockBytes = 4096;
 template <class T>
 constexpr size_t kBlock = kBlockBytes / sizeof(Accumulator<T>);
@@ -28,17 +32,15 @@ PYCOLL_HD void store(void* base, size_t i, S value) {
   __builtin_memcpy(static_cast<std::byte*>(base) + i * sizeof(S), &value, sizeof(S));
 }
 
-// dst[i] = src[0][i] op src[1][i] op ...; finalized and rounded where kFinal. A destination that is a source is safe, and so the compiler is told:
-// each element is read before it is written, and no other is.
-template <class T, ReduceOp Op, bool kFinal, size_t... kRest>
-void reduce_loop(void* dst, const void* const* src, size_t n, int world, std::index_sequence<kRest...>) {
+// dst[i] = first[i] op rest[i] op ...; finalized and rounded where kFinal. A destination that is a source is safe, and
+// so the compiler is told: each element is read before it is written, and no other is.
+template <class T, ReduceOp Op, bool kFinal, class... Rest>
+void reduce_loop(void* dst, size_t n, int world, const void* first, Rest... rest) {
   constexpr Reduce<Op> kReduce;
-  const void* const first = src[0];
-  const void* const rest[sizeof...(kRest) + 1] = {src[kRest + 1]..., nullptr};
   PYCOLL_INDEPENDENT
   for (size_t i = 0; i < n; ++i) {
     Accumulator<T> sum = widen(load<T>(first, i));
-    ((sum = kReduce(sum, widen(load<T>(rest[kRest], i)))), ...);
+    ((sum = kReduce(sum, widen(load<T>(rest, i)))), ...);
     if constexpr (kFinal) {
       store(dst, i, narrow<T>(kReduce.finalize(sum, world)));
     } else {
@@ -47,25 +49,27 @@ void reduce_loop(void* dst, const void* const* src, size_t n, int world, std::in
   }
 }
 
+// `fan` of at most kFanIn sources of T, all elements or (T being float) all accumulators.
 template <class T, ReduceOp Op, bool kFinal>
-void reduce_elements(void* dst, const void* const* src, int src_count, size_t n, int world) {
-  switch (src_count) {
+void reduce_few(void* dst, const void* const* src, int fan, size_t n, int world) {
+  switch (fan) {
     case 1:
-      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<0>());
+      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0]);
     case 2:
-      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<1>());
+      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0], src[1]);
     case 3:
-      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<2>());
+      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0], src[1], src[2]);
     case kFanIn:
-      return reduce_loop<T, Op, kFinal>(dst, src, n, world, std::make_index_sequence<3>());
+      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0], src[1], src[2], src[3]);
   }
 }
 
 template <class T>
 void widen_block(float* to, const void* from, size_t n) {
   size_t i = 0;
-  if constexpr (kHalfVector > 0 && std::is_same_v<T, Float16>) {
-    for (; i + kHalfVector <= n; i += kHalfVector) widen_halves(to + i, static_cast<const std::byte*>(from) + i * sizeof(T));
+  if constexpr (Halves::kVector > 0 && std::is_same_v<T, Float16>) {
+    for (; i + Halves::kVector <= n; i += Halves::kVector)
+      Halves::widen(to + i, static_cast<const std::byte*>(from) + i * sizeof(T));
   }
   PYCOLL_INDEPENDENT
   for (; i < n; ++i) to[i] = load<T>(from, i).to_float();
@@ -74,8 +78,9 @@ void widen_block(float* to, const void* from, size_t n) {
 template <class T>
 void narrow_block(void* to, const float* from, size_t n) {
   size_t i = 0;
-  if constexpr (kHalfVector > 0 && std::is_same_v<T, Float16>) {
-    for (; i + kHalfVector <= n; i += kHalfVector) narrow_halves(static_cast<std::byte*>(to) + i * sizeof(T), from + i);
+  if constexpr (Halves::kVector > 0 && std::is_same_v<T, Float16>) {
+    for (; i + Halves::kVector <= n; i += Halves::kVector)
+      Halves::narrow(static_cast<std::byte*>(to) + i * sizeof(T), from + i);
   }
   PYCOLL_INDEPENDENT
   for (; i < n; ++i) store(to, i, T::from_float(from[i]));
@@ -109,16 +114,16 @@ void reduce_block(void* dst, const CombineArgs& a, size_t at, size_t n) {
       ++fan;
     }
     if (k == a.src_count) break;
-    reduce_elements<A, kStep, false>(sum, src, fan, n, a.world);
+    reduce_few<A, kStep, false>(sum, src, fan, n, a.world);
     src[0] = sum;
     fan = 1;
   }
   const bool rounds = kWidens<T> && a.final;
   void* const to = rounds ? sum : dst;
   if (Op == ReduceOp::kAvg && a.final) {
-    reduce_elements<A, Op, Op == ReduceOp::kAvg>(to, src, fan, n, a.world);
+    reduce_few<A, Op, Op == ReduceOp::kAvg>(to, src, fan, n, a.world);
   } else {
-    reduce_elements<A, kStep, false>(to, src, fan, n, a.world);
+    reduce_few<A, kStep, false>(to, src, fan, n, a.world);
   }
   if constexpr (kWidens<T>) {
     if (rounds) narrow_block<T>(dst, sum, n);
@@ -126,13 +131,22 @@ void reduce_block(void* dst, const CombineArgs& a, size_t at, size_t n) {
 }
 
 void copy(void* dst, const void* src, size_t bytes) {
-  __builtin_memcpy(dst, src, bytes);
+  size_t words = 0;
+  if (bytes >= kCopyLoopFrom && bytes <= kCopyLoopTo && reinterpret_cast<uintptr_t>(dst) % 64 == 0) {
+    words = bytes / 64 * 8;
+    PYCOLL_INDEPENDENT
+    for (size_t i = 0; i < words; ++i) store(dst, i, load<uint64_t>(src, i));
+  }
+  const size_t done = words * sizeof(uint64_t);
+  if (done == bytes) return;  // memcpy takes no null pointer, even with no bytes
+  __builtin_memcpy(static_cast<std::byte*>(dst) + done, static_cast<const std::byte*>(src) + done, bytes - done);
 }
 
 template <class T, ReduceOp Op>
 void combine(const CombineArgs& a) {
-  // Where a loop can read and write 16-bit elements without a detour; Float16 is faster through its conversion instructions, block by block.
-  constexpr bool kConvertsInLoop = kWidens<T> && !(kHalfVector > 0 && std::is_same_v<T, Float16>);
+  // Converting BFloat16 takes so few instructions that one loop reads, adds and rounds. Float16 is converted block by
+  // block, in loops of their own.
+  constexpr bool kConvertsInLoop = std::is_same_v<T, BFloat16>;
   const bool in_one_loop = kConvertsInLoop && a.final && a.wire_sources == 0 && a.src_count <= kFanIn;
   const size_t size = a.final ? sizeof(T) : sizeof(Accumulator<T>);
   for (size_t at = 0; at < a.count; at += kBlock<T>) {
@@ -141,7 +155,7 @@ void combine(const CombineArgs& a) {
     if (in_one_loop) {
       const void* src[kFanIn];
       for (int k = 0; k < a.src_count; ++k) src[k] = static_cast<const std::byte*>(a.src[k]) + at * sizeof(T);
-      if constexpr (kConvertsInLoop) reduce_elements<T, Op, true>(dst, src, a.src_count, n, a.world);
+      if constexpr (kConvertsInLoop) reduce_few<T, Op, true>(dst, src, a.src_count, n, a.world);
     } else {
       reduce_block<T, Op>(dst, a, at, n);
     }
