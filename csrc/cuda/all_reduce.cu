@@ -17,20 +17,19 @@ __global__ void prepare_kernel(const GroupRank* ranks, int channels) {
   for (int c = 0; c < channels; ++c) new (&rank.links[c]) ChannelLinks(rank.table, c);
 }
 
-template <class T, ReduceOp Op>
 __global__ void __launch_bounds__(kThreads, 1) all_reduce_kernel(GroupCall call) {
   const GroupRank& rank = call.ranks[blockIdx.y];
   const int channel = static_cast<int>(blockIdx.x);
-  BlockExecutor<T, Op> exec(call.status, call.timeout_ns);
-  Operation op{static_cast<const std::byte*>(rank.in), static_cast<std::byte*>(rank.out), sizeof(T), rank.table.rank, call.world,
+  BlockExecutor exec(call.record.dtype, call.record.op, call.status, call.timeout_ns);
+  Operation op{static_cast<const std::byte*>(rank.in), static_cast<std::byte*>(rank.out), size_of(call.record.dtype), rank.table.rank, call.world,
                cut(call.record, rank.table.geometry, channel, call.channels)};
   WindowState state = rank.windows[channel];  // every thread keeps its own copy
   const CallRecord mine = rank.records[rank.table.rank];
-  Window<BlockExecutor<T, Op>> window(exec, op, rank.table, channel, state, rank.records, mine);
+  Window<BlockExecutor> window(exec, op, rank.table, channel, state, rank.records, mine);
   const auto enter = [&] { return window.barrier(); };
   const auto lane = [&](const auto& algorithm) {
     if (!enter()) return;
-    Channel<BlockExecutor<T, Op>> c(exec, op, rank.table.geometry.link_slots, rank.table.geometry.link_bytes);
+    Channel<BlockExecutor> c(exec, op, rank.table.geometry.link_slots, rank.table.geometry.link_bytes);
     run_channel(c, algorithm);
   };
   switch (call.record.algorithm) {
@@ -50,22 +49,6 @@ __global__ void __launch_bounds__(kThreads, 1) all_reduce_kernel(GroupCall call)
   if (exec.leader()) rank.windows[channel] = state;
 }
 
-template <class T>
-const void* kernel_for(ReduceOp op) {
-  switch (op) {
-    case ReduceOp::kSum:
-      return reinterpret_cast<const void*>(&all_reduce_kernel<T, ReduceOp::kSum>);
-    case ReduceOp::kAvg:
-      return reinterpret_cast<const void*>(&all_reduce_kernel<T, ReduceOp::kAvg>);
-    case ReduceOp::kMin:
-      return reinterpret_cast<const void*>(&all_reduce_kernel<T, ReduceOp::kMin>);
-    case ReduceOp::kMax:
-      return reinterpret_cast<const void*>(&all_reduce_kernel<T, ReduceOp::kMax>);
-    default:
-      return reinterpret_cast<const void*>(&all_reduce_kernel<T, ReduceOp::kProduct>);
-  }
-}
-
 }  // namespace
 
 int prepare_group(const GroupRank* ranks, int world, int channels, void* stream) {
@@ -75,11 +58,10 @@ int prepare_group(const GroupRank* ranks, int world, int channels, void* stream)
 
 int all_reduce_group(const GroupCall& call, void* stream) {
   if (call.world > kMaxRanks) return static_cast<int>(cudaErrorInvalidValue);
-  const void* kernel = dispatch_dtype(call.record.dtype, [&](auto tag) { return kernel_for<typename decltype(tag)::type>(call.record.op); });
   GroupCall argument = call;
   void* arguments[] = {&argument};
   const dim3 grid(static_cast<unsigned>(call.channels), static_cast<unsigned>(call.world));
-  return static_cast<int>(cudaLaunchCooperativeKernel(kernel, grid, dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream)));
+  return static_cast<int>(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&all_reduce_kernel), grid, dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace pycoll::cuda_device

@@ -23,10 +23,16 @@ struct Status {
   int32_t rank;  // for whom a block waited when it timed out
 };
 
-template <class T, ReduceOp Op>
+// The loops, one function a dtype and operation. Not inlined: the kernel that calls them holds every algorithm once, for all of them.
+template <class T, ReduceOp Op, class Group>
+__device__ __noinline__ void combine_block(const Group& group, const CombineArgs& args) {
+  combine_strided<T, Op>(group, args);
+}
+
 class BlockExecutor {
  public:
-  __device__ BlockExecutor(Status* status, uint64_t timeout_ns) : status_(status), timeout_ns_(timeout_ns) {}
+  __device__ BlockExecutor(DType dtype, ReduceOp op, Status* status, uint64_t timeout_ns)
+      : dtype_(dtype), op_(op), status_(status), timeout_ns_(timeout_ns) {}
 
   __device__ size_t thread() const { return threadIdx.x; }
   __device__ size_t size() const { return blockDim.x; }
@@ -63,14 +69,32 @@ class BlockExecutor {
     if (!failed_) store_release(cell.value, value);
   }
 
-  __device__ void combine(const CombineArgs& args) const { combine_strided<T, Op>(*this, args); }
+  __device__ void combine(const CombineArgs& args) const {
+    dispatch_dtype(dtype_, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      switch (op_) {
+        case ReduceOp::kSum:
+          return combine_block<T, ReduceOp::kSum>(*this, args);
+        case ReduceOp::kAvg:
+          return combine_block<T, ReduceOp::kAvg>(*this, args);
+        case ReduceOp::kMin:
+          return combine_block<T, ReduceOp::kMin>(*this, args);
+        case ReduceOp::kMax:
+          return combine_block<T, ReduceOp::kMax>(*this, args);
+        case ReduceOp::kProduct:
+          return combine_block<T, ReduceOp::kProduct>(*this, args);
+      }
+    });
+  }
   __device__ void copy(void* dst, const void* src, size_t bytes) const {
-    combine_strided<uint8_t, ReduceOp::kSum>(*this, {&dst, 1, &src, 1, 0, true, 1, bytes});
+    combine_block<uint8_t, ReduceOp::kMax>(*this, {&dst, 1, &src, 1, 0, true, 1, bytes});
   }
   __device__ const void** sources() { return sources_; }
   __device__ void** destinations() { return destinations_; }
 
  private:
+  const DType dtype_;
+  const ReduceOp op_;
   __device__ static uint64_t now_ns() {
     using namespace cuda::std::chrono;
     return static_cast<uint64_t>(duration_cast<nanoseconds>(system_clock::now().time_since_epoch()).count());

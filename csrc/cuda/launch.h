@@ -28,7 +28,7 @@ struct GroupCall {
   uint64_t timeout_ns;
 };
 
-constexpr int kThreads = 512;  // of a block
+constexpr int kThreads = 256;  // of a block: leaves 255 registers, so that the kernel that holds all algorithms spills none
 
 // Builds the connections of every rank and channel on the device. Returns a cudaError_t.
 int prepare_group(const GroupRank* ranks, int world, int channels, void* stream);

@@ -1,0 +1,162 @@
+"""All-reduce against size: pycoll beside Gloo, the MPIs that are there, and the machine's ceiling, in one run.
+
+`pycoll bench all-reduce --help`, or `python -m pycoll.benchmarks.all_reduce --help`. README.md explains the method.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from . import bars, machine, memory, plot, report, timing, values
+from .driver import Contest
+from .groups import GroupFailed, Launch, RankGroup
+from .mpi import find, homes, launches
+
+Family = Literal["pycoll", "gloo", "mpi", "ceiling"]
+
+_DEFAULT = timing.Effort(seconds=10.0, min_rounds=5, max_rounds=60)
+_QUICK = timing.Effort(seconds=1.0, min_rounds=3, max_rounds=15)
+
+
+@dataclass
+class AllReduceBench:
+    """Times all-reduce (sum, in place) at many sizes: pycoll, Gloo, Open MPI, MPICH and the machine's ceiling."""
+
+    ranks: int = 2
+    """Processes that take part. More than cores is supported."""
+    smallest: Annotated[str, tyro.conf.arg(name="min")] = "8B"
+    """Smallest size of each rank's tensor, such as 8, 1KiB or 4MiB."""
+    largest: Annotated[str, tyro.conf.arg(name="max")] = "256MiB"
+    """Largest size."""
+    factor: int = 4
+    """Between one size and the next, from the largest down."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Of the tensors. MPI knows the first two only."""
+    contenders: tuple[Family, ...] = ("pycoll", "gloo", "mpi", "ceiling")
+    """Who is measured."""
+    mpi: tuple[Path, ...] = field(default_factory=homes)
+    """Python environments that hold an MPI and its mpi4py; by default those that PYCOLL_BENCH_MPI lists, like PATH."""
+    output: Path = Path("bench-results")
+    """Folder for the JSON file and the plot."""
+    quick: bool = False
+    """Fewer samples: under a minute."""
+    check: bool = False
+    """Compare with what pycoll must reach, and fail if any bar is missed or could not be measured."""
+
+
+def main(config: AllReduceBench) -> int:
+    """Runs the benchmark; prints the table, writes JSON and plot.
+
+    Returns:
+        The exit code: 1 where a library failed or a bar was missed, 2 where the options were bad.
+    """
+    try:
+        found = _run(config)
+    except ValueError as e:
+        Console(stderr=True).print(f"pycoll bench: {e}", style="red", markup=False)
+        return 2
+    console = Console()
+    console.width = max(console.width, 110)  # of a pipe it would be 80, too narrow for the table
+    console.print(report.table(found))
+    for line in report.notes(found):
+        console.print(line, style="dim", markup=False, highlight=False)
+    config.output.mkdir(parents=True, exist_ok=True)
+    path = config.output / f"all_reduce-{config.ranks}-ranks-{config.dtype}.json"
+    path.write_text(found.to_json())
+    plot.draw(found, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}", markup=False)
+    for failure in found.failures:
+        console.print(f"FAILED {failure}", style="red", markup=False)
+    failed = bool(found.failures)
+    if config.check:
+        checked = bars.evaluate(found)
+        console.print(bars.table(checked))
+        failed = failed or not all(bar.passed for bar in checked)
+    return int(failed)
+
+
+def _run(config: AllReduceBench) -> report.Report:
+    """Measures everything.
+
+    Raises:
+        ValueError: the options fit neither one another nor this machine.
+    """
+    if config.ranks < 2:
+        raise ValueError(f"an all-reduce takes 2 ranks or more, not {config.ranks}")
+    itemsize = values.ITEMSIZE[config.dtype]
+    largest = timing.parse_bytes(config.largest)
+    sizes = timing.sizes(timing.parse_bytes(config.smallest), largest, config.factor, itemsize)
+    found = report.Report("all-reduce", config.ranks, config.dtype, machine.describe())
+    with ExitStack() as stack:
+        launches = _launches(config, largest, stack)
+        needed = (len(launches) + 3) * config.ranks * largest  # pycoll has three kinds of tensors, the ceiling two
+        if needed > machine.available_memory():
+            raise ValueError(f"tensors would take {needed >> 20} MiB, more than is free: lower --max")
+        groups = []
+        for launch in launches:
+            try:
+                groups.append(stack.enter_context(RankGroup(launch, config.ranks)))
+            except GroupFailed as e:
+                found.failures.append(str(e))
+        contest = Contest(groups, found)
+        progress = stack.enter_context(_progress())
+        task = progress.add_task("", total=len(sizes))
+
+        def show(done: int, part: float) -> None:
+            progress.update(task, completed=done + part)
+
+        for done, size in enumerate(sizes):
+            progress.update(task, description=timing.format_bytes(size))
+            contest.measure(size, _QUICK if config.quick else _DEFAULT, partial(show, done))
+        contest.facts()
+    return found
+
+
+def _launches(config: AllReduceBench, largest: int, stack: ExitStack) -> list[Launch]:
+    """The groups of ranks to start; what they need of files and memory lives as long as `stack`."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pycoll-bench-")))
+
+    def python(module: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", f"{__package__}.{module}", *arguments]
+
+    found = []
+    for library in ("pycoll", "gloo"):
+        if library in config.contenders:
+            found.append(Launch(library, python("torch_ranks", library, str(folder / library))))
+    if "mpi" in config.contenders:
+        for home in config.mpi:
+            found += launches(find(home), config.ranks, config.dtype)
+    if "ceiling" in config.contenders:
+        descriptors = memory.create(config.ranks, largest)
+        for descriptor in descriptors:
+            stack.callback(os.close, descriptor)
+        environment = {memory.DESCRIPTORS_VARIABLE: ",".join(map(str, descriptors))}
+        found.append(
+            Launch(
+                "ceiling",
+                python("ceiling_ranks", str(folder / "ceiling")),
+                environment=environment,
+                inherited=descriptors,
+            )
+        )
+    return found
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(AllReduceBench)))

@@ -1,0 +1,84 @@
+"""What a person sees of a run, on rank 0: a progress bar (lines where there is no terminal), TensorBoard, a summary."""
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+LINE_EVERY = 25
+"""Steps between lines where there is no terminal."""
+RECENT = 20
+"""Steps over which tokens/s is measured."""
+
+
+class Reporter:
+    """Shows a run that goes from step `first` to `last` with `tokens_per_step` tokens of all ranks in each."""
+
+    def __init__(self, folder: Path, first: int, last: int, tokens_per_step: int) -> None:
+        self._console = Console()
+        self._writer = SummaryWriter(str(folder), purge_step=first + 1)
+        self._folder, self._first, self._last, self._tokens_per_step = folder, first, last, tokens_per_step
+        self._began = time.monotonic()
+        self._times = deque([self._began], maxlen=RECENT + 1)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = Progress(*columns, *times, console=self._console) if self._console.is_terminal else None
+        if self._bar:
+            self._task = self._bar.add_task("", total=last, completed=first)
+
+    def start(self) -> None:
+        """Training begins now."""
+        self._began = time.monotonic()
+        self._times = deque([self._began], maxlen=RECENT + 1)
+        if self._bar:
+            self._bar.start()
+
+    def step(self, step: int, loss: float, rate: float, norm: float) -> None:
+        """Step number `step` (from 1) is done: training loss, learning rate, norm of the gradient before clipping."""
+        self._times.append(time.monotonic())
+        speed = self._tokens_per_step * (len(self._times) - 1) / (self._times[-1] - self._times[0])
+        scalars = {"loss/train": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_s": speed}
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        text = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step % LINE_EVERY == 0 or step in (self._first + 1, self._last):
+            left = (self._last - step) * (self._times[-1] - self._began) / (step - self._first)
+            self.note(f"step {step}/{self._last}  {text}  {left:.0f} s left")
+
+    def validation(self, step: int, loss: float) -> None:
+        """The validation loss after `step` steps."""
+        self._writer.add_scalar("loss/validation", loss, step)
+        self.note(f"step {step}/{self._last}  validation loss {loss:.3f}")
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def sample(self, text: str) -> None:
+        """Text that the model wrote."""
+        self._console.print(Panel(Text(text), title="a sample of generated text"))
+
+    def summary(self, rows: dict[str, tuple[str, Any]]) -> None:
+        """The result: name -> (what is shown, the value itself); the values also go to summary.json."""
+        table = Table(show_header=False)
+        for name, (shown, _) in rows.items():
+            table.add_row(name, shown)
+        self._console.print(table)
+        values = {name: value for name, (_, value) in rows.items()}
+        (self._folder / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Gives the terminal back and writes the last events."""
+        if self._bar:
+            self._bar.stop()
+        self._writer.close()

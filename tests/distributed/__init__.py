@@ -1,0 +1,1 @@
+"""Tests in which each rank is a process."""

@@ -1,0 +1,653 @@
+"""What goes wrong among ranks, each time a typed error that says who is to blame, on every rank, with nothing left behind."""
+
+import atexit
+import builtins
+import contextlib
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from leaks import descriptors, held_segments, mappings, native_threads
+
+import pycoll
+from pycoll import Communicator
+from pycoll.testing import Processes, Rank
+
+pytestmark = pytest.mark.timeout(60)
+
+HANG = 20.0  # seconds after which a test gives up; none is a measure of speed
+MIB = 1 << 20
+
+
+def outcome(call: Callable[[], Any]) -> tuple[str, str, int | None]:
+    """The error that `call` raises: class, text and the rank to blame."""
+    try:
+        call()
+    except pycoll.Error as e:
+        return type(e).__name__, str(e), e.rank
+    return "no error", "", None
+
+
+def init(rank: Rank, name: str = "group", timeout: float = 60.0) -> None:
+    """The default group of all ranks, which meet in a file."""
+    dist.init_process_group(
+        "pycoll",
+        init_method=f"file://{rank.folder / name}",
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
+# ---- ranks that make different calls ----
+
+Calls = dict[str, Callable[[Communicator], Any]]
+CALLS: Calls = {
+    "all_reduce(float32[4], sum, one_shot)": lambda c: c.all_reduce(torch.ones(4)),
+    "all_reduce(float32[4], max, one_shot)": lambda c: c.all_reduce(torch.ones(4), "max"),
+    "all_reduce(float32[5], sum, one_shot)": lambda c: c.all_reduce(torch.ones(5)),
+    "all_reduce(float64[4], sum, one_shot)": lambda c: c.all_reduce(torch.ones(4).double()),
+    "all_reduce(float64[2], sum, one_shot)": lambda c: c.all_reduce(torch.ones(2).double()),
+    "all_reduce(float32[4], sum, ring)": lambda c: c.all_reduce(torch.ones(4), algorithm="ring"),
+    "all_reduce(float32[4000000], sum, two_shot)": lambda c: c.all_reduce(torch.ones(4_000_000)),
+    "broadcast(float32[4], root 0)": lambda c: c.broadcast(torch.ones(4)),
+    "broadcast(float32[4], root 1)": lambda c: c.broadcast(torch.ones(4), 1),
+    "all_gather(float32[4])": lambda c: c.all_gather(torch.ones(4)),
+    "all_gather(float32[3])": lambda c: c.all_gather(torch.ones(3)),
+    "reduce_scatter(float32[3], sum)": lambda c: c.reduce_scatter(torch.ones(3)),
+    "reduce_scatter(float32[3], avg)": lambda c: c.reduce_scatter(torch.ones(3), "avg"),
+    "barrier()": lambda c: c.barrier(),
+}
+DIFFERENT = [  # what ranks 0 and 1 call, what rank 2 calls
+    ("all_reduce(float32[4], sum, one_shot)", "all_reduce(float32[4], max, one_shot)"),
+    ("all_reduce(float32[4], sum, one_shot)", "all_reduce(float32[5], sum, one_shot)"),
+    ("all_reduce(float32[4], sum, one_shot)", "all_reduce(float64[4], sum, one_shot)"),
+    ("all_reduce(float32[4], sum, one_shot)", "all_reduce(float64[2], sum, one_shot)"),
+    ("all_reduce(float32[4], sum, one_shot)", "all_reduce(float32[4], sum, ring)"),
+    ("all_reduce(float32[4], sum, one_shot)", "all_reduce(float32[4000000], sum, two_shot)"),
+    ("all_reduce(float32[4000000], sum, two_shot)", "barrier()"),
+    ("broadcast(float32[4], root 0)", "broadcast(float32[4], root 1)"),
+    ("broadcast(float32[4], root 0)", "all_gather(float32[4])"),
+    ("all_gather(float32[4])", "all_gather(float32[3])"),
+    ("reduce_scatter(float32[3], sum)", "reduce_scatter(float32[3], avg)"),
+    ("barrier()", "all_reduce(float32[4], sum, one_shot)"),
+]
+
+
+def _mismatch(rank: Rank) -> list[tuple[tuple[str, str, int | None], tuple[str, str, int | None]]]:
+    results = []
+    for i, (most, last) in enumerate(DIFFERENT):
+        with rank.communicator(name=f"case {i}", timeout=30) as comm:
+            comm.barrier()  # call #1, after the one in which they met
+            error = outcome(lambda c=comm, call=CALLS[last if rank.rank == 2 else most]: call(c))
+            results.append((error, outcome(comm.barrier)))
+    return results
+
+
+def test_different_calls_are_an_error_on_every_rank() -> None:
+    with Processes(_mismatch, 3) as ranks:
+        results = ranks.results()
+    for i, (most, last) in enumerate(DIFFERENT):
+        for result in results:
+            (kind, text, _), later = result[i]
+            assert kind == "MismatchError", (most, last)
+            assert f"rank 0,1 call #2 {most}" in text and f"rank 2 call #2 {last}" in text, text
+            assert later[:2] == (kind, text), "the error is terminal"
+
+
+def _mismatch_in_group(rank: Rank) -> list[tuple[str, str, int | None]]:
+    def async_all_reduce() -> None:
+        dist.all_reduce(torch.ones(3 + rank.rank), async_op=True).wait()
+
+    def wait_for_future() -> None:
+        dist.all_reduce(torch.ones(3 + rank.rank), async_op=True).get_future().wait()
+
+    results = []
+    for i, call in enumerate((lambda: dist.all_reduce(torch.ones(3 + rank.rank)), async_all_reduce)):
+        init(rank, f"group {i}")
+        results.append(outcome(call))
+        results.append(outcome(dist.barrier))
+        dist.destroy_process_group()
+    init(rank, "future")
+    with pytest.raises(RuntimeError, match="ranks make different calls"):  # futures carry the text, not the class
+        wait_for_future()
+    dist.destroy_process_group()
+    return results
+
+
+def test_different_calls_through_torch_distributed() -> None:
+    with Processes(_mismatch_in_group, 2) as ranks:
+        for result in ranks.results():
+            for kind, text, _ in result:
+                assert kind == "MismatchError"
+                assert re.search(r"rank 0 call #\d+ all_reduce\(float32\[3\].*rank 1 call #\d+ all_reduce\(float32\[4\]", text)
+
+
+def _different_worlds(rank: Rank) -> tuple[str, str, int | None]:
+    store = dist.FileStore(str(rank.folder / "store"), 2)
+    return outcome(lambda: Communicator(store, rank.rank, 2 + rank.rank, timeout=5, name="worlds"))
+
+
+def test_different_world_sizes() -> None:
+    """Rank 0 says 2, rank 1 says 3 and waits for a rank that nobody else knows of."""
+    with Processes(_different_worlds, 2) as ranks:
+        (kind, text, _), other = ranks.results()
+    assert kind == "MismatchError" and "rank 1 says the world size is 3, rank 0 says 2" in text
+    assert other[0] in ("MismatchError", "TimeoutError")
+
+
+# ---- ranks that do not come, are slow, leave, or fail ----
+
+
+def _absent_at_creation(rank: Rank) -> tuple[str, str, int | None]:
+    if rank.rank == 2:
+        rank.listen()
+    return outcome(lambda: rank.communicator(timeout=1.0))
+
+
+def test_a_rank_that_never_joins_is_named() -> None:
+    with Processes(_absent_at_creation, 3) as ranks:
+        for r in (0, 1):
+            kind, text, culprit = ranks.result(r, HANG)
+            assert kind == "TimeoutError" and "rank 2 of 3 did not join in time" in text and culprit == 2
+
+
+def _absent_in_a_collective(rank: Rank) -> tuple[str, str, int | None]:
+    comm = rank.communicator(timeout=1.0)
+    comm.barrier()
+    if rank.rank == 1:
+        rank.listen()
+    else:
+        assert issubclass(pycoll.TimeoutError, builtins.TimeoutError)
+    return outcome(lambda: comm.all_reduce(torch.ones(100_000)))
+
+
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_a_rank_that_does_not_call_is_named(world_size: int) -> None:
+    """Nothing but the time-out speaks of a rank that lives; and when it comes at last it learns of the same error."""
+    with Processes(_absent_in_a_collective, world_size) as ranks:
+        for r in range(world_size):
+            if r != 1:
+                kind, text, culprit = ranks.result(r, HANG)
+                assert kind == "TimeoutError" and "for rank 1, which is alive" in text and culprit == 1
+        ranks.tell(1, "come")
+        kind, _, culprit = ranks.result(1, HANG)
+        assert kind == "TimeoutError" and culprit == 1
+
+
+def _stopped(rank: Rank, timeout: float) -> tuple[str, str, int | None]:
+    comm = rank.communicator(timeout=timeout)
+    rank.say("ready")
+    if rank.rank == 1:
+        rank.listen()
+    x = torch.ones(MIB)
+
+    def work() -> None:
+        for _ in range(3):
+            comm.all_reduce(x)
+
+    return (*outcome(work)[:2], int(x[0].item()))
+
+
+def test_a_stopped_rank_is_waited_for() -> None:
+    with Processes(_stopped, 3, 50.0) as ranks:
+        assert [ranks.hear(r) for r in range(3)] == ["ready"] * 3
+        ranks.kill(1, signal.SIGSTOP)
+        ranks.tell(1, "go")
+        time.sleep(1.0)
+        ranks.kill(1, signal.SIGCONT)
+        assert ranks.results(HANG) == [("no error", "", 27)] * 3
+
+
+def test_a_stopped_rank_is_late_but_never_lost() -> None:
+    with Processes(_stopped, 3, 1.0) as ranks:
+        assert [ranks.hear(r) for r in range(3)] == ["ready"] * 3
+        ranks.kill(1, signal.SIGSTOP)
+        for r in (0, 2):
+            kind, text, _ = ranks.result(r, HANG)
+            assert kind == "TimeoutError" and "rank 1" in text
+        ranks.kill(1, signal.SIGCONT)
+        ranks.tell(1, "go")
+        assert ranks.result(1, HANG)[0] in ("TimeoutError", "PeerLostError")  # by now the others may have left
+
+
+def _leaves_early(rank: Rank) -> tuple[str, str, int | None]:
+    comm = rank.communicator()
+    comm.barrier()
+    if rank.rank == 1:
+        comm.close()
+        return "no error", "", None
+    return outcome(lambda: comm.all_reduce(torch.ones(3)))
+
+
+def test_a_rank_that_closes_has_left() -> None:
+    with Processes(_leaves_early, 3) as ranks:
+        results = ranks.results(HANG)
+    for r in (0, 2):
+        kind, text, culprit = results[r]
+        assert kind == "PeerLostError" and "rank 1 has left" in text and culprit == 1
+
+
+def _raises(rank: Rank, how: str) -> tuple[str, str, int | None]:
+    comm = rank.communicator()
+    if rank.rank == 1 and how == "with":
+        with comm:
+            raise ValueError("an exception of the user's")
+    if rank.rank == 1:
+        raise ValueError("an exception of the user's")
+    return outcome(lambda: comm.all_reduce(torch.ones(3)))
+
+
+@pytest.mark.parametrize("how", ("with", "without"))
+def test_an_exception_on_one_rank_frees_the_others(how: str) -> None:
+    with Processes(_raises, 3, how) as ranks:
+        for r in (0, 2):
+            kind, _, culprit = ranks.result(r, HANG)
+            assert kind == "PeerLostError" and culprit == 1
+        with pytest.raises(pycoll.Error, match="an exception of the user's"):
+            ranks.result(1)
+
+
+def _aborts(rank: Rank, who: str) -> tuple[str, str, int | None]:
+    comm = rank.communicator()
+    comm.barrier()
+    if rank.rank == 1 and who == "peer":
+        comm.abort("no room on the disk")
+        return outcome(comm.barrier)
+    if rank.rank == 1:
+        threading.Timer(0.3, comm.abort, ["no room on the disk"]).start()
+        return outcome(lambda: comm.all_reduce(torch.ones(3)))
+    if rank.rank == 2 and who == "thread":
+        rank.listen()
+    return outcome(lambda: comm.all_reduce(torch.ones(3)))
+
+
+@pytest.mark.parametrize("who", ("peer", "thread"))
+def test_abort_ends_the_calls_of_all_ranks(who: str) -> None:
+    """Also the call in which the aborting rank itself waits."""
+    with Processes(_aborts, 3, who) as ranks:
+        for r in (0, 1):
+            kind, text, _ = ranks.result(r, HANG)
+            assert kind == "Error" and "rank 1: no room on the disk" in text
+        if who == "thread":
+            ranks.tell(2, "come")
+        assert "no room on the disk" in ranks.result(2, HANG)[1]
+
+
+# ---- ranks that die ----
+
+
+def _all_reduce_for_ever(rank: Rank, memory: str) -> dict[str, Any]:
+    comm = rank.communicator(config=pycoll.Config(heap_bytes=300 * MIB))
+    threads = native_threads()
+    x = comm.empty(64 * MIB) if memory == "symmetric" else torch.empty(64 * MIB)
+    x.zero_()
+    algorithm: Any = "ring" if memory == "ring" else "two_shot"
+    comm.all_reduce(x, algorithm=algorithm)
+    rank.say("going")
+    try:
+        while True:
+            comm.all_reduce(x, algorithm=algorithm)
+    except pycoll.Error as e:
+        seen = {"at": time.monotonic(), "kind": type(e).__name__, "text": str(e), "culprit": e.rank}
+    comm.close()
+    del x
+    del comm
+    return {**seen, "segments": held_segments(), "threads": native_threads() - threads}
+
+
+@pytest.mark.parametrize("memory", ("staged", "symmetric", "ring"))
+def test_a_killed_rank_is_lost(memory: str) -> None:
+    """SIGKILL inside 256 MiB all-reduces."""
+    with Processes(_all_reduce_for_ever, 3, memory) as ranks:
+        assert [ranks.hear(r) for r in range(3)] == ["going"] * 3
+        time.sleep(0.2)
+        killed = time.monotonic()
+        ranks.kill(1)
+        for r in (0, 2):
+            seen = ranks.result(r, HANG)
+            print(f"rank {r} knew {1e3 * (seen['at'] - killed):.0f} ms after the kill")
+            assert seen["kind"] == "PeerLostError" and seen["culprit"] == 1 and "rank 1 is lost" in seen["text"]
+            assert seen["at"] - killed < 10, "the bar is 1 s; this is a bound against hangs on a loaded machine"
+            assert seen["segments"] == [] and seen["threads"] <= 0
+            assert ranks.exit_code(r, HANG) == 0
+
+
+def _has_a_child(rank: Rank) -> tuple[str, str, int | None]:
+    comm = rank.communicator()
+    comm.barrier()
+    if rank.rank == 1:
+        child = os.fork()
+        if child == 0:  # as a DataLoader's worker: it inherits all descriptors and mappings, and lives on
+            time.sleep(HANG)
+            os._exit(0)
+        rank.say(child)
+        rank.listen()
+    return outcome(lambda: comm.all_reduce(torch.ones(3)))
+
+
+def test_a_killed_rank_is_lost_though_its_child_lives() -> None:
+    with Processes(_has_a_child, 3) as ranks:
+        child = ranks.hear(1)
+        try:
+            ranks.kill(1)
+            for r in (0, 2):
+                kind, text, culprit = ranks.result(r, HANG / 2)
+                assert kind == "PeerLostError" and culprit == 1 and "died" in text
+            os.kill(child, 0)  # it still lives
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def _finishes_its_part(rank: Rank) -> list[tuple[str, str, int | None]]:
+    comm = rank.communicator()
+    x = torch.full((10,), 1.0 + rank.rank)
+    if rank.rank == 0:
+        rank.say("ready")
+        rank.listen()
+    else:
+        rank.say("calling")
+    first = outcome(lambda: comm.all_reduce(x, algorithm="one_shot"))
+    assert x.tolist() == [3.0] * 10
+    return [first, outcome(comm.barrier)]
+
+
+def test_a_rank_that_died_after_its_part_is_not_missed() -> None:
+    """It has published its input; only the next call needs it."""
+    with Processes(_finishes_its_part, 2) as ranks:
+        assert ranks.hear(1) == "calling" and ranks.hear(0) == "ready"
+        time.sleep(0.5)  # it waits in the call
+        ranks.kill(1)
+        assert ranks.exit_code(1, HANG) == -signal.SIGKILL
+        ranks.tell(0, "go")
+        first, second = ranks.result(0, HANG)
+        assert first[0] == "no error"
+        assert second[0] == "PeerLostError" and second[2] == 1
+
+
+def _dies_in_group(rank: Rank) -> tuple[tuple[str, str, int | None], list[str]]:
+    init(rank)
+    dist.barrier()
+    if rank.rank == 1:
+        rank.say("ready")
+        rank.listen()
+    works = [dist.all_reduce(torch.ones(MIB), async_op=True) for _ in range(3)]
+    result = outcome(works[0].wait)
+    for work in works[1:]:
+        assert outcome(work.wait)[0] == result[0]
+    assert outcome(lambda: dist.all_reduce(torch.ones(3)))[0] == result[0]
+    del works, work
+    dist.destroy_process_group()
+    return result, held_segments()
+
+
+def test_a_killed_rank_is_lost_to_asynchronous_work() -> None:
+    with Processes(_dies_in_group, 3) as ranks:
+        ranks.hear(1)
+        ranks.kill(1)
+        for r in (0, 2):
+            (kind, _, culprit), segments = ranks.result(r, HANG)
+            assert kind == "PeerLostError" and culprit == 1 and segments == []
+            assert ranks.exit_code(r, HANG) == 0
+
+
+# ---- fork ----
+
+
+def in_child(check: Callable[[], None]) -> None:
+    """Forks; the child runs `check` and what the interpreter runs at its end. Raises here if it fails or hangs."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            check()
+            gc.collect()
+            atexit._run_exitfuncs()
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + HANG
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0, "the child failed"
+            return
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
+
+
+def _forks(rank: Rank) -> float:
+    comm = rank.communicator()
+    init(rank)
+    shared, x = comm.empty(1000).fill_(1), torch.ones(1000)
+    holder = [comm]
+
+    def check() -> None:
+        child_comm = holder.pop()
+        for call in (child_comm.barrier, lambda: child_comm.all_reduce(x), lambda: child_comm.empty(3)):
+            with pytest.raises(pycoll.Error, match="fork.* create a new one"):
+                call()
+        for group_call in (dist.barrier, lambda: dist.all_reduce(x), lambda: dist.all_reduce(x, async_op=True).wait()):
+            with pytest.raises(pycoll.Error, match="fork.* create a new one"):
+                group_call()
+        assert repr(child_comm)
+        child_comm.abort()
+        child_comm.close()
+        with Communicator(dist.HashStore(), 0, 1, name="child") as own:
+            assert own.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]
+
+    for _ in range(3):
+        in_child(check)
+        comm.all_reduce(x)
+        comm.all_reduce(shared)
+        dist.all_reduce(x)
+    total = x[0].item() + shared[0].item()
+    del comm, shared
+    holder.clear()
+    dist.destroy_process_group()
+    return total
+
+
+def test_fork() -> None:
+    """The child's communicators are dead and do no harm; the parent goes on; the child can make its own."""
+    with Processes(_forks, 2) as ranks:
+        assert ranks.results(HANG) == [72.0] * 2
+        assert [ranks.exit_code(r, HANG) for r in range(2)] == [0, 0]
+
+
+def _forks_while_working(rank: Rank) -> None:
+    init(rank)
+    x = torch.zeros(MIB)
+    works = [dist.all_reduce(x, async_op=True) for _ in range(60)]
+    for _ in range(5):
+        in_child(lambda: None)
+    for work in works:
+        work.wait()
+    dist.destroy_process_group()
+
+
+def test_fork_while_work_is_in_flight() -> None:
+    with Processes(_forks_while_working, 2) as ranks:
+        ranks.results(HANG)
+
+
+# ---- Ctrl-C ----
+
+
+def _interrupted(rank: Rank, where: str) -> str:
+    """Rank 0 waits for rank 1, which comes only when it is told."""
+    comm = None
+    if where in ("all_reduce", "large all_reduce"):
+        comm = rank.communicator()
+    elif where != "creation":
+        init(rank)
+        dist.barrier()
+    work = None
+    if rank.rank == 0:
+        rank.say("waiting")
+    else:
+        rank.listen()
+        if where == "creation":
+            return "never came"
+    try:
+        if where == "creation":
+            rank.communicator(timeout=40)
+        elif comm is not None:
+            comm.all_reduce(torch.ones(3 if where == "all_reduce" else 8 * MIB))
+        elif where == "work.wait":
+            work = dist.all_reduce(torch.ones(3), async_op=True)
+            work.wait()
+        elif where == "dist.all_reduce":
+            dist.all_reduce(torch.ones(3))
+        else:  # a synchronous call behind an asynchronous one; its tensor dies with the exception
+            work = dist.all_reduce(torch.ones(3), async_op=True)
+            dist.all_reduce(torch.ones(16 * MIB))
+    except KeyboardInterrupt:
+        rank.say("interrupted")
+        rank.listen()
+        if work is not None:
+            work.wait()  # it is not lost
+            dist.barrier()
+        return "interrupted"
+    except pycoll.Error as e:
+        return str(e)
+    if dist.is_initialized() and work is not None:
+        dist.barrier()
+    return "done"
+
+
+@pytest.mark.parametrize("where", ("creation", "all_reduce", "large all_reduce", "work.wait", "dist.all_reduce", "queued"))
+def test_interrupt_during_a_wait(where: str) -> None:
+    with Processes(_interrupted, 2, where) as ranks:
+        ranks.hear(0)
+        time.sleep(0.5)
+        ranks.kill(0, signal.SIGINT)
+        assert ranks.hear(0, HANG) == "interrupted"
+        ranks.tell(1, "come")
+        ranks.tell(0, "go on")
+        assert ranks.result(0, HANG) == "interrupted"
+        said = ranks.result(1, HANG)
+        if where in ("work.wait", "queued"):
+            assert said == "done"
+        elif where != "creation":
+            assert "rank 0 was interrupted" in said or "rank 0 has left" in said
+        assert ranks.exit_code(0, HANG) == 0
+
+
+# ---- the end of the interpreter ----
+
+EXITS = {
+    "work in flight": "work = dist.all_reduce(torch.ones(2_000_000), async_op=True)",
+    "many works in flight": "works = [dist.all_reduce(torch.ones(100_000), async_op=True) for _ in range(50)]",
+    "a callback in flight": """
+future = dist.all_reduce(torch.ones(2_000_000), async_op=True).get_future().then(lambda f: print("called", flush=True))
+""",
+    "destroyed with work in flight": """
+work = dist.all_reduce(torch.ones(2_000_000), async_op=True)
+dist.destroy_process_group()
+""",
+    "a communicator": """
+comm = pycoll.Communicator(dist.FileStore(folder + "/second", 2), rank, 2)
+x = comm.empty(1000)
+comm.all_reduce(x.zero_())
+""",
+    "an error": "raise SystemExit('the end')",
+}
+EXIT_SCRIPT = """
+import sys, torch, torch.distributed as dist, pycoll
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("pycoll", init_method="file://" + folder + "/group", rank=rank, world_size=2)
+{body}
+print("the last line", flush=True)
+"""
+
+
+def test_interpreter_exit_with_everything_open(tmp_path: Path) -> None:
+    """Two processes for each case, all at once, since starting Python takes longest."""
+    processes = {}
+    for number, (case, body) in enumerate(EXITS.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for rank in range(2):
+            command = [sys.executable, "-W", "ignore", "-c", EXIT_SCRIPT.format(body=body), str(rank), str(folder)]
+            processes[case, rank] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for (case, rank), process in processes.items():
+            out, err = process.communicate(timeout=50)
+            expected = 1 if case == "an error" else 0
+            assert process.returncode == expected, (case, rank, process.returncode, err)
+            assert ("the last line" in out) == (expected == 0), (case, rank, err)
+            assert "terminate" not in err and "Fatal" not in err and "Traceback" not in err, (case, rank, err)
+    finally:
+        for process in processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+
+
+# ---- nothing is left ----
+
+
+def _cycles(rank: Rank, kind: str, count: int) -> dict[str, tuple[int, int]]:
+    def once(i: int) -> None:
+        if kind == "communicator":
+            with rank.communicator(name=f"cycle {i}") as comm:
+                comm.all_reduce(comm.empty(100).zero_())
+                comm.all_reduce(torch.ones(100))
+        else:
+            init(rank, f"group {i}")
+            dist.all_reduce(torch.ones(100), async_op=True).wait()
+            dist.destroy_process_group()
+
+    def measure() -> dict[str, int]:
+        gc.collect()
+        return {"descriptors": descriptors(), "threads": native_threads(), "mappings": mappings()}
+
+    for i in range(10):
+        once(i)
+    before = measure()
+    for i in range(10, count):
+        once(i)
+    after = measure()
+    assert held_segments() == []
+    return {key: (before[key], after[key]) for key in before}
+
+
+@pytest.mark.parametrize(("kind", "count"), (("communicator", 200), ("group", 40)))
+def test_cycles_of_create_and_destroy_do_not_grow(kind: str, count: int) -> None:
+    with Processes(_cycles, 2, kind, count) as ranks:
+        for growth in ranks.results(50):
+            for what, (before, after) in growth.items():
+                assert after <= before, (what, before, after)
+
+
+def _needs_no_dev_shm(rank: Rank) -> list[str]:
+    with rank.communicator() as comm:
+        x = comm.empty(MIB)
+        comm.all_reduce(x.zero_())
+        comm.all_reduce(torch.zeros(MIB))
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        opened = [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and fd.exists()]
+        return [line for line in maps + opened if "/dev/shm" in line]
+
+
+def test_nothing_lies_in_dev_shm() -> None:
+    """However small it is (64 MB in a container), pycoll does not need it."""
+    with Processes(_needs_no_dev_shm, 2) as ranks:
+        assert ranks.results(HANG) == [[], []]

@@ -1,0 +1,153 @@
+"""Whole runs of `pycoll train` over pycoll: started, stopped, killed and resumed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import SECONDS, TINY, command, differing, finish, train_alone, write_text
+
+from pycoll import checkpoint
+from pycoll.data import load_corpus
+from pycoll.train.main import parse
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of two ranks over pycoll: its folder, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = finish(command("--data", text, "--out", out))
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def test_run_says_what_it_does_and_reached(finished: tuple[Path, str], text: Path) -> None:
+    out, printed = finished
+    assert "2 ranks of " in printed
+    assert "gradients through pycoll; 64 tokens a step" in printed
+    for said in ("step 1/6  loss 5.", "tokens/s", "s left", "step 2/6  validation loss", "a sample of generated text"):
+        assert said in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["unigram cross-entropy"] == load_corpus(text, 16).unigram_cross_entropy()
+    assert summary["first training loss"] == pytest.approx(math.log(256), abs=0.3)
+    assert summary["final validation loss"] < summary["first training loss"]
+    assert summary["tokens/s"] > 0
+    assert 0 <= summary["waiting for gradients"] < 1
+
+
+def test_run_writes_curves_and_checkpoints(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    events = EventAccumulator(str(out))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("loss/validation")] == [2, 4, 6]
+    assert set(events.Tags()["scalars"]) >= {"learning_rate", "gradient_norm", "tokens_per_s"}
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(out)] == [3, 6]
+    header = checkpoint.read_header(checkpoint.find(out))
+    assert header.step == 6
+    assert header.first_loss == pytest.approx(events.Scalars("loss/train")[0].value)
+
+
+def test_two_ranks_learn_what_one_does_from_both_their_batches(
+    finished: tuple[Path, str], text: Path, tmp_path: Path
+) -> None:
+    one = train_alone(replace(TINY, data=text, batch_size=4), tmp_path)
+    two = load_file(checkpoint.find(finished[0]))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[f"model.{name}"], weights, rtol=1e-3, atol=1e-5)
+
+
+def test_resumed_run_ends_where_the_straight_one_did(finished: tuple[Path, str], tmp_path: Path) -> None:
+    halfway = finished[0] / "checkpoint-00000003.safetensors"
+    resume = [sys.executable, "-m", "pycoll.train", "--resume", str(halfway), "--out", str(tmp_path)]
+    result = finish(resume)  # All other settings are the checkpoint's.
+    assert result.returncode == 0, result.stderr
+    assert "from step 3" in result.stdout
+    assert differing(load_file(checkpoint.find(tmp_path)), load_file(checkpoint.find(finished[0]))) == []
+
+
+def test_torchrun_starts_it_too(text: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    arguments = command("--data", text, "--out", tmp_path, "--grad-accum", "2")
+    result = finish([*torchrun, *arguments[1:]])
+    assert result.returncode == 0, result.stderr
+    assert "3 ranks of " in result.stdout
+    assert "192 tokens a step" in result.stdout
+    assert checkpoint.read_header(checkpoint.find(tmp_path)).step == 6
+
+
+class Running:
+    """A run too long to wait for, from its first checkpoint on, and the process ids of its ranks."""
+
+    def __init__(self, text: Path, out: Path) -> None:
+        arguments = command("--data", text, "--out", out, steps=1000000)
+        self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.ranks: list[int] = []
+        self.out = out
+
+    def __enter__(self) -> "Running":
+        deadline = time.monotonic() + SECONDS
+        while not checkpoint.list_checkpoints(self.out):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        self.ranks = [int(pid) for pid in children if b"pycoll.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(self.ranks) == 2
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pid in self.ranks_left():
+            os.kill(pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+    def ranks_left(self) -> list[int]:
+        return [pid for pid in self.ranks if Path(f"/proc/{pid}").exists()]
+
+    def wait(self) -> tuple[int, str, str]:
+        """Exit status, output and errors; no rank may be left."""
+        out, err = self.process.communicate(timeout=SECONDS)
+        assert self.ranks_left() == []
+        return self.process.returncode, out, err
+
+
+def test_interrupt_saves_and_says_how_to_resume(text: Path, tmp_path: Path) -> None:
+    with Running(text, tmp_path) as running:
+        running.process.send_signal(signal.SIGINT)
+        status, out, err = running.wait()
+    assert (status, err) == (128 + signal.SIGINT, "")
+    step = checkpoint.read_header(checkpoint.find(tmp_path)).step
+    assert f"stopped after step {step}; continue with: pycoll train --resume {tmp_path}" in out
+    assert parse(["--resume", str(tmp_path)]).steps == 1000000
+
+
+def test_signal_to_one_rank_stops_all(text: Path, tmp_path: Path) -> None:
+    with Running(text, tmp_path) as running:
+        os.kill(running.ranks[1], signal.SIGTERM)
+        status, out, err = running.wait()
+    assert (status, err) == (0, "")
+    assert "stopped after step" in out
+
+
+def test_killed_rank_is_named(text: Path, tmp_path: Path) -> None:
+    with Running(text, tmp_path) as running:
+        os.kill(running.ranks[1], signal.SIGKILL)
+        status, _, err = running.wait()
+    assert status == 1
+    assert f"was killed by SIGKILL; continue from the last checkpoint: pycoll train --resume {tmp_path}" in err
+    assert "Traceback" not in err

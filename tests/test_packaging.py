@@ -1,0 +1,356 @@
+"""The package: built against the torch of the environment, checked when imported, CUDA in or out for a stated reason."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pycoll_build
+import pycoll_cuda
+import pycoll_torch
+import pytest
+import torch
+
+from pycoll import _build
+from pycoll.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLIC = torch.__version__.split("+")[0]
+CUDA_TORCH = ("2.13.0+cu130", "13.0")
+KERNELS = ["csrc/cuda/all_reduce.cu"]
+
+
+def python(code: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, timeout=100
+    )
+
+
+# The check at import
+
+
+def make_package(folder: Path, record: str | None) -> Path:
+    """A package whose extension, which the check must keep from being loaded, is an empty file; and its record."""
+    package = folder / "pycoll"
+    package.mkdir()
+    for name in ("__init__.py", "_build.py", "version.py"):
+        shutil.copy(ROOT / "pycoll" / name, package)
+    extension = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    extension.touch()
+    if record is not None:
+        extension.with_suffix(".json").write_text(record, encoding="utf-8")
+    return extension
+
+
+def import_error(folder: Path) -> str:
+    done = python("import pycoll", folder)
+    assert done.returncode == 1
+    assert "ImportError: " in done.stderr
+    return done.stderr.rpartition("ImportError: ")[2]
+
+
+def own_record(**changes: str) -> str:
+    """The record of the build under test, altered."""
+    return json.dumps({**_build.build_info(), **changes})
+
+
+def test_another_torch_than_was_built_against_is_refused(tmp_path: Path) -> None:
+    make_package(tmp_path, own_record(torch="2.11.0+cu128"))
+    message = import_error(tmp_path)
+    assert f"was built against torch 2.11.0+cu128, but torch {torch.__version__} is here" in message
+    assert f"{sys.executable} -m pip install " in message
+
+
+def test_missing_torch_is_named_with_the_version_to_install(tmp_path: Path) -> None:
+    make_package(tmp_path, own_record(torch="2.12.1+cpu"))
+    (tmp_path / "torch.py").write_text("raise ImportError('gone')", encoding="utf-8")
+    message = import_error(tmp_path)
+    assert "built against torch 2.12.1+cpu, but torch cannot be imported (gone)" in message
+    assert f"{sys.executable} -m pip install torch==2.12.1\n" in message
+
+
+def test_missing_extension_is_named(tmp_path: Path) -> None:
+    make_package(tmp_path, own_record()).unlink()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert f"extension is not built for Python {version}. Build it with:" in import_error(tmp_path)
+
+
+@pytest.mark.parametrize("record", [None, "", "{"])
+def test_extension_without_a_record_is_not_trusted(tmp_path: Path, record: str | None) -> None:
+    make_package(tmp_path, record)
+    assert "cannot be read" in import_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("origin", "arguments"),
+    [
+        ({"url": "file:///src/pycoll", "dir_info": {"editable": True}}, "-e /src/pycoll"),
+        ({"url": "file:///src/pycoll", "dir_info": {}}, "--force-reinstall --no-deps /src/pycoll"),
+        (None, f"-e {ROOT}"),
+    ],
+)
+def test_the_command_names_where_pycoll_came_from(
+    origin: dict[str, Any] | None, arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = None if origin is None else json.dumps(origin)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: record))
+    assert _build._build_command() == f"{sys.executable} -m pip install {arguments}"
+
+
+def test_the_record_describes_this_build() -> None:
+    record = _build.build_info()
+    assert record["torch"] == torch.__version__
+    assert record["cxx11_abi"] == torch.compiled_with_cxx11_abi()
+    assert "-ffp-contract=off" in record["flags"]
+    assert record["cuda"]["built"] == (record["cuda"]["reason"] == "") == bool(record["cuda"]["archs"])
+    assert _build.summary().startswith(f"pycoll {__version__} on torch {torch.__version__}; CUDA ")
+
+
+# What is installed
+
+
+def test_the_installed_package_is_whole(tmp_path: Path) -> None:
+    """Seen from another folder: version, requirement on torch, command, benchmarks, type marker."""
+    code = """if True:
+        import importlib.metadata, importlib.resources, json, pycoll, pycoll.benchmarks
+        installed = importlib.metadata.distribution("pycoll")
+        print(json.dumps({
+            "version": [pycoll.__version__, installed.version],
+            "torch": [line for line in installed.requires if line.startswith("torch")],
+            "scripts": [(entry.name, entry.value) for entry in installed.entry_points],
+            "typed": importlib.resources.files("pycoll").joinpath("py.typed").is_file(),
+        }))
+    """
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "version": [__version__, __version__],
+        "torch": [f"torch=={PUBLIC}"],
+        "scripts": [["pycoll", "pycoll.cli:main"]],
+        "typed": True,
+    }
+
+
+# Which torch
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.10.2", False),
+        ("2.11.0+cpu", True),
+        ("2.15.1", True),
+        ("2.15.0a0+git1234", True),
+        ("2.16.0", False),
+        ("3.0", False),
+        ("1.13.1", False),
+        ("unknown", False),
+    ],
+)
+def test_supported_range_of_torch(version: str, expected: bool) -> None:
+    assert pycoll_torch.supported(version) == expected
+
+
+def test_requirement_is_the_very_version_built_against() -> None:
+    assert pycoll_torch.requirement("2.13.0+cu130") == "torch==2.13.0"
+    assert pycoll_torch.requirement("2.15.0a0+git1234") == "torch==2.15.0a0"
+    assert pycoll_torch.requirement(None) == pycoll_torch.RANGE == "torch>=2.11,<2.16"
+
+
+@pytest.mark.parametrize(
+    ("there", "pin", "explicit", "expected"),
+    [
+        (None, "2.13.0", False, "torch==2.13.0"),
+        ("2.12.0+cpu", "2.13.0", False, None),
+        ("2.12.0+cpu", "2.13.0", True, "torch==2.13.0"),
+        ("2.13.0+cpu", "2.13.0", True, None),
+    ],
+)
+def test_make_keeps_a_torch_unless_told(
+    there: str | None, pin: str, explicit: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pycoll_torch, "installed_torch", lambda: there)
+    assert pycoll_torch.to_install(pin, explicit) == expected
+
+
+def test_installed_torch_is_found_through_build_isolation(tmp_path: Path) -> None:
+    """As pip isolates: a sitecustomize on PYTHONPATH takes the environment's packages off sys.path."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.path[:] = [path for path in sys.path if 'site-packages' not in path]", encoding="utf-8"
+    )
+    code = "import importlib.util, pycoll_torch as t; print(importlib.util.find_spec('torch'), t.installed_torch())"
+    isolation = os.pathsep.join([str(tmp_path), str(ROOT / "build_support")])
+    done = python(code, tmp_path, PYTHONPATH=isolation, PYTHONNOUSERSITE="1")
+    assert done.stdout.split() == ["None", importlib.metadata.version("torch")], done.stderr
+
+
+@pytest.mark.parametrize(("there", "expected"), [("2.13.0", []), (None, [pycoll_torch.RANGE])])
+def test_the_build_asks_for_torch_only_where_there_is_none(
+    there: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pycoll_torch, "installed_torch", lambda: there)
+    assert pycoll_build.get_requires_for_build_wheel() == expected
+    assert pycoll_build.get_requires_for_build_editable() == expected
+    assert pycoll_build.get_requires_for_build_sdist() == []
+
+
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An environment without torch; the folder that one is fetched into for the build."""
+    monkeypatch.setattr(pycoll_torch, "installed_torch", lambda: None)
+    monkeypatch.setattr(pycoll_build, "FETCHED", tmp_path / "torch")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    return tmp_path / "torch"
+
+
+def test_without_torch_and_isolation_one_is_fetched(no_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=0))
+    pycoll_build.provide_torch()
+    assert commands == [[sys.executable, "-m", "pip", "install", "--target", str(no_torch), pycoll_torch.RANGE]]
+    assert sys.path[0] == str(no_torch)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_a_torch_that_cannot_be_fetched_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    with pytest.raises(SystemExit, match=r'torch is needed for the build: pip install "torch>=2.11,<2.16"'):
+        pycoll_build.provide_torch()
+
+
+# CUDA or not
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """A CUDA toolkit whose nvcc, a script, answers as NVIDIA's does, and which prints what it compiles."""
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "archs").write_text("sm_75\nsm_80\nsm_90\nsm_100\nsm_103\nsm_120\n", encoding="utf-8")
+    (home / "release").write_text("Cuda compilation tools, release 13.0, V13.0.88\n", encoding="utf-8")
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        f"""#!/bin/sh
+        case "$1" in
+            --dryrun) echo '#$ TOP={home}/bin/..' >&2;;
+            --version) cat {home}/release;;
+            --list-gpu-code) cat {home}/archs;;
+            *) for word; do case "$word" in *.cu) cat "$word"; grep -q error: "$word" && exit 2;; esac; done; exit 0;;
+        esac
+        """,
+        encoding="utf-8",
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+def test_cuda_is_built_where_nvcc_and_torch_allow(toolkit: Path) -> None:
+    for environ in ({"CUDA_HOME": str(toolkit)}, {"CUDA_PATH": str(toolkit)}, {"PATH": f"{toolkit}/bin:/bin:/usr/bin"}):
+        plan = pycoll_cuda.make_plan(*CUDA_TORCH, KERNELS, environ)
+        assert plan.nvcc is not None
+        assert plan.nvcc.home == toolkit
+        assert plan.archs == ("8.0", "9.0", "10.0", "12.0")
+        assert plan.reason == ""
+
+
+def test_architectures_are_those_asked_for_or_those_nvcc_knows(toolkit: Path) -> None:
+    environ = {"CUDA_HOME": str(toolkit), "PYCOLL_CUDA": "1"}
+    chosen = pycoll_cuda.make_plan(*CUDA_TORCH, KERNELS, {**environ, "TORCH_CUDA_ARCH_LIST": "9.0a; 12.0+PTX"})
+    assert chosen.archs == ("9.0a", "12.0+PTX")
+    (toolkit / "archs").write_text("sm_80\nsm_90\n", encoding="utf-8")
+    assert pycoll_cuda.make_plan(*CUDA_TORCH, KERNELS, environ).archs == ("8.0", "9.0")
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "kernels", "nvcc", "reason"),
+    [
+        ("2.13.0+cpu", None, KERNELS, True, "torch 2.13.0+cpu is a build without CUDA"),
+        (*CUDA_TORCH, KERNELS, False, "there is no nvcc"),
+        (*CUDA_TORCH, [], True, "csrc/cuda holds no kernels"),
+        ("2.11.0+cu128", "12.8", KERNELS, True, "nvcc is 13.0, but torch 2.11.0+cu128 was built with CUDA 12.8"),
+    ],
+)
+def test_cuda_left_out_says_why_and_insisting_is_an_error(
+    version: str, cuda: str | None, kernels: list[str], nvcc: bool, reason: str, toolkit: Path
+) -> None:
+    environ = {"CUDA_HOME": str(toolkit if nvcc else toolkit / "elsewhere")}
+    plan = pycoll_cuda.make_plan(version, cuda, kernels, environ)
+    assert plan.nvcc is None
+    assert reason in plan.reason
+    with pytest.raises(pycoll_cuda.CudaUnavailableError, match="PYCOLL_CUDA=1, but") as raised:
+        pycoll_cuda.make_plan(version, cuda, kernels, {**environ, "PYCOLL_CUDA": "1"})
+    assert reason in str(raised.value)
+
+
+def test_cuda_can_be_left_out_by_wish(toolkit: Path) -> None:
+    environ = {"CUDA_HOME": str(toolkit), "PYCOLL_CUDA": "0"}
+    assert pycoll_cuda.make_plan(*CUDA_TORCH, KERNELS, environ) == pycoll_cuda.Plan(None, (), "PYCOLL_CUDA=0")
+
+
+def test_unknown_wish_for_cuda_is_an_error() -> None:
+    with pytest.raises(pycoll_cuda.CudaUnavailableError, match="PYCOLL_CUDA=yes: it can be 0 .* 1 .* or unset"):
+        pycoll_cuda.make_plan(*CUDA_TORCH, KERNELS, {"PYCOLL_CUDA": "yes"})
+
+
+def test_the_build_ends_where_cuda_is_insisted_on_in_vain(tmp_path: Path) -> None:
+    code = f"import pycoll_build; pycoll_build.prepare_metadata_for_build_editable({str(tmp_path)!r})"
+    build_support = str(ROOT / "build_support")
+    done = python(code, ROOT, PYTHONPATH=build_support, PYCOLL_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("PYCOLL_CUDA=1, but ")
+    assert "there is no nvcc" in done.stderr
+
+
+# make cuda-check
+
+GOOD = "Used 40 registers\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "verdict"),
+    [
+        (GOOD * 4, 0, "csrc/cuda/a.cu: 4 kernels, at most 40 registers, no spill"),
+        (GOOD + GOOD.replace("0 bytes spill stores", "128 bytes spill stores"), 1, "csrc/cuda/a.cu: registers spill"),
+        (GOOD + "a.cu(3): error: expected a ;\n", 1, "csrc/cuda/a.cu: nvcc failed"),
+    ],
+)
+def test_cuda_check_finds_spills_and_errors(
+    log: str,
+    status: int,
+    verdict: str,
+    toolkit: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "a.cu").write_text(log, encoding="utf-8")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert pycoll_cuda.check_kernels(tmp_path) == status
+    printed = capsys.readouterr().out
+    assert verdict in printed
+    assert f"cuda-check: {1 - status} of 1 kernel files pass" in printed
+
+
+def test_cuda_check_asks_for_an_nvcc_that_knows_every_architecture(
+    toolkit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toolkit / "archs").write_text("sm_80\nsm_90\n", encoding="utf-8")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert pycoll_cuda.check_kernels() == 1
+    assert "knows only 8.0, 9.0 of 8.0, 9.0, 10.0, 12.0" in capsys.readouterr().out
+
+
+def test_cuda_check_without_nvcc_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert pycoll_cuda.check_kernels() == 0
+    assert capsys.readouterr().out == "cuda-check: left out, there is no nvcc (CUDA_HOME, PATH, /usr/local/cuda)\n"
