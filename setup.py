@@ -60,7 +60,10 @@ def build_steps() -> dict[str, Any]:
 
     device = "cpu" if cuda.nvcc is None else "cuda"
     cxx_flags = CXX_FLAGS + (["-Werror"] if os.environ.get("PYCOLL_WERROR") == "1" else [])
-    for folder in cpp_extension.include_paths(device):  # as system headers they raise no warnings
+    headers = cpp_extension.include_paths(device)
+    if cuda.nvcc is not None:  # CUDA's libraries, which torch's headers include: a toolkit of nvcc alone lacks them
+        headers += [str(path) for path in sorted(Path(torch.__file__).parent.parent.glob("nvidia/*/include"))]
+    for folder in headers:  # as system headers they raise no warnings
         cxx_flags += ["-isystem", folder]
     cxx_flags.append(f'-DPYCOLL_TORCH="{torch.__version__}"')  # so that another torch recompiles everything
     nvcc_flags = [*pycoll_cuda.NVCC_FLAGS, "-Xcompiler=-fvisibility=hidden"]

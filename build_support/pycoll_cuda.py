@@ -16,8 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("8.0", "9.0", "10.0", "12.0")  # compute capabilities: A100; H100 and H200; B200; RTX 50 and RTX PRO
-# No fused multiply-add that the source does not spell out: the bits are then those of the CPU.
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off"]
+# No fused multiply-add that the source does not spell out: the bits are then those of the CPU. Functions that are
+# constexpr, the standard library's too, may be called in kernels. Two architectures are compiled at a time.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off", "--expt-relaxed-constexpr"]
+NVCC_FLAGS += ["--threads=2"]
 NO_NVCC = "there is no nvcc (CUDA_HOME, PATH, /usr/local/cuda)"
 
 

@@ -5,9 +5,9 @@ record beside the extension (setup.py), so that `import pycoll` can say what is 
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ def build_info() -> dict[str, Any]:
 
     Raises ImportError where the extension is not built.
     """
-    spec = importlib.util.find_spec("pycoll._C")
-    if spec is None or spec.origin is None:
+    folder = Path(__file__).parent
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").is_file()]
+    if not built:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise ImportError(
             f"pycoll's extension is not built for Python {python}. Build it with:\n    {_build_command()}"
         )
     try:
-        return dict(json.loads(Path(spec.origin).with_suffix(".json").read_text(encoding="utf-8")))
+        return dict(json.loads(built[0].with_suffix(".json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as problem:
         raise ImportError(
             f"The record of what pycoll was built against cannot be read ({problem}). Build it anew with:\n"

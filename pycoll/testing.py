@@ -90,7 +90,7 @@ class Rank:
 
 
 class Processes:
-    """`fn(rank: Rank, *args)` as every rank, each in a process, as a context manager; at its end the processes are killed.
+    """`fn(rank: Rank, *args)` as every rank, each in a process. A context manager: at its end the processes are killed.
 
     `fn` must be importable. A preloaded fork server makes starting cheap.
     """
@@ -149,7 +149,7 @@ class Processes:
         return value
 
     def results(self, timeout: float = 60.0) -> list[Any]:
-        """`result` of every rank. If some fail, all that they say within 2 s is in the error: the first need not be the cause."""
+        """`result` of every rank. If some fail, all that they say within 2 s is in the error: causes and consequences."""
         values: list[Any] = [None] * len(self._processes)
         failures: list[str] = []
         waiting = {connection: rank for rank, connection in enumerate(self._connections)}
@@ -169,7 +169,7 @@ class Processes:
         return values
 
     def exit_code(self, rank: int, timeout: float = 60.0) -> int | None:
-        """Waits for the process of `rank` to end; None if it does not within `timeout` seconds, -n if signal n killed it."""
+        """Awaits the end of `rank`'s process: -n if signal n killed it, None if it lives on after `timeout` seconds."""
         self._processes[rank].join(timeout)
         return self._processes[rank].exitcode
 

@@ -1,4 +1,4 @@
-"""What a collective should give: inputs for every dtype, the result in fp64 (integers: exactly), and how far from it pycoll may be."""
+"""What a collective should give: inputs of every dtype, the result in fp64 or exact integers, and how far off it may be."""
 
 from collections.abc import Sequence
 
@@ -39,7 +39,7 @@ def reduced(tensors: Sequence[Tensor], op: str) -> Tensor:
 
 
 def allowance(tensors: Sequence[Tensor], op: str) -> Tensor | float:
-    """How far the result may be from `reduced`: half a unit in the last place, and the rounding of each step of the accumulation."""
+    """How far the result may be from `reduced`: half a unit in the last place, and the rounding of the accumulation."""
     dtype = tensors[0].dtype
     if not dtype.is_floating_point or op in ("min", "max"):
         return 0.0

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from pycoll.benchmarks import all_reduce, bars, ceiling_ranks, mpi, plot, report, timing, values
 from pycoll.benchmarks.driver import Contest
 from pycoll.benchmarks.groups import GroupFailed, Launch, RankGroup

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 TESTS = sorted((HERE / "cpp").glob("*_test.cpp"))
 CSRC = HERE.parent / "csrc"
 BUILD = HERE / "cpp" / "build"
-FLAGS = shlex.split("-std=c++20 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-omit-frame-pointer -pthread")
+FLAGS = shlex.split("-std=c++20 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-omit-frame-pointer -pthread")
 SANITIZERS = {
     "thread": ["-fsanitize=thread"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -28,6 +28,8 @@ VECTORIZED = ("kernels_test", "combine_test")
 CASES = [(t, s) for t in TESTS for s in SANITIZERS if s != "none" or t.stem in VECTORIZED]
 RUN_SECONDS = 180
 BUILD_SECONDS = 600
+# The first tests wait for the compiler, which a newly cloned repository keeps busy for minutes.
+pytestmark = pytest.mark.timeout(3 * BUILD_SECONDS + RUN_SECONDS)
 
 
 def digest(parts: list[str], files: list[Path]) -> str:

@@ -1,4 +1,4 @@
-"""The package: built against the torch of the environment, checked when imported, CUDA in or out for a stated reason."""
+"""The package: built for the torch of the environment, checked when imported, with CUDA or a reason why not."""
 
 import importlib.metadata
 import json
@@ -295,7 +295,7 @@ def test_cuda_can_be_left_out_by_wish(toolkit: Path) -> None:
 
 
 def test_unknown_wish_for_cuda_is_an_error() -> None:
-    with pytest.raises(pycoll_cuda.CudaUnavailableError, match="PYCOLL_CUDA=yes: it can be 0 .* 1 .* or unset"):
+    with pytest.raises(pycoll_cuda.CudaUnavailableError, match=r"PYCOLL_CUDA=yes: it can be 0 .* 1 .* or unset"):
         pycoll_cuda.make_plan(*CUDA_TORCH, KERNELS, {"PYCOLL_CUDA": "yes"})
 
 

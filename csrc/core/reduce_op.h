@@ -26,9 +26,9 @@ struct Reduce {
   template <class A>
   PYCOLL_HD A operator()(A a, A b) const {
     if constexpr (Op == ReduceOp::kMin) {
-      return (a < b) | (a != a) ? a : b;
+      return ((a < b) | (a != a)) ? a : b;
     } else if constexpr (Op == ReduceOp::kMax) {
-      return (a > b) | (a != a) ? a : b;
+      return ((a > b) | (a != a)) ? a : b;
     } else {
       using W = typename Wrapping<A>::type;
       if constexpr (Op == ReduceOp::kProduct) return static_cast<A>(static_cast<W>(a) * static_cast<W>(b));

@@ -31,4 +31,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("physical_memory", &pycoll::cpu::physical_memory, "Bytes of memory of this machine.");
   pycoll::bindings::bind_communicator(m);
   pycoll::bindings::bind_backend(m);
+  pycoll::bindings::bind_ceiling(m);
 }

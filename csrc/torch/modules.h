@@ -7,5 +7,6 @@ namespace pycoll::bindings {
 
 void bind_communicator(py::module_& m);
 void bind_backend(py::module_& m);
+void bind_ceiling(py::module_& m);
 
 }  // namespace pycoll::bindings

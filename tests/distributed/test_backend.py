@@ -1,4 +1,4 @@
-"""torch.distributed over pycoll: init_process_group, every collective it has, futures, groups, and DistributedDataParallel."""
+"""torch.distributed over pycoll: setting up, every collective it has, futures, groups, DistributedDataParallel."""
 
 import itertools
 import os
@@ -111,7 +111,7 @@ def _futures(rank: Rank) -> None:
         work = dist.all_reduce(x, async_op=True)
         seen: list[Tensor] = []
         future = work.get_future().then(lambda f: f.value()[0] * 2)
-        chained = future.then(lambda f: seen.append(f.value()))
+        chained = future.then(lambda f, seen=seen: seen.append(f.value()))
         assert work.wait()
         assert work.is_completed()
         assert bool((future.wait() == 6).all()) and bool((x == 3).all())
@@ -345,7 +345,7 @@ def test_issue_order_is_execution_order() -> None:
 
 
 def _two_threads(rank: Rank) -> None:
-    """Two threads issue in turns, one asynchronous calls and one synchronous: x is multiplied by 2, then 1 is added, and so on."""
+    """Two threads issue in turns, one asynchronous calls and one synchronous: x is doubled, then 1 added, and so on."""
     x, one = torch.zeros(500), torch.ones(500)
     turns = [threading.Semaphore(1), threading.Semaphore(0)]
     works = []
@@ -380,7 +380,7 @@ def test_issue_order_from_two_threads() -> None:
 
 
 class Net(nn.Module):
-    """Some of everything that DDP handles: convolution, normalisation with buffers, a frozen and a sometimes unused layer."""
+    """Some of everything that DDP handles: a convolution, a buffer, a frozen and a sometimes unused layer."""
 
     def __init__(self) -> None:
         super().__init__()

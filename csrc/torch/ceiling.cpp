@@ -1,0 +1,77 @@
+// The machine's ceiling for `pycoll bench all-reduce`: the reads and writes of a two-shot all-reduce (sum) with no synchronization at all.
+// The results mean nothing; the accesses are those of csrc/algorithms/two_shot.h.
+#include <torch/extension.h>
+
+#include "core/partition.h"
+#include "cpu/kernels.h"
+#include "torch/modules.h"
+#include "torch/tensors.h"
+
+namespace pycoll::bindings {
+
+namespace {
+
+class Accesses {
+ public:
+  Accesses(const at::Tensor& like, int world)
+      : element_(like.element_size()),
+        world_(world),
+        combine_(cpu::kernels().combine[static_cast<int>(reducible(like, "the ceiling"))][static_cast<int>(ReduceOp::kSum)]) {}
+
+  std::byte* at(const at::Tensor& t, size_t element) const { return static_cast<std::byte*>(t.data_ptr()) + element * element_; }
+  void combine(const std::vector<void*>& dst, const std::vector<const void*>& src, size_t count) const {
+    combine_({dst.data(), static_cast<int>(dst.size()), src.data(), static_cast<int>(src.size()), 0, true, world_, count});
+  }
+  void copy(void* dst, const void* src, size_t count) const { cpu::kernels().copy(dst, src, count * element_); }
+
+ private:
+  const size_t element_;
+  const int world_;
+  void (*combine_)(const CombineArgs&);
+};
+
+// Rank `rank` reads its share of all tensors and writes it to all.
+void symmetric(const std::vector<at::Tensor>& tensors, int rank) {
+  const int world = static_cast<int>(tensors.size());
+  const Accesses memory(tensors[0], world);
+  const size_t count = tensors[0].numel(), chunk = round_up(ceil_div(count, world), kGrain);
+  const Span mine = Partition{{0, count}, chunk, world}.at(0, rank);
+  std::vector<void*> dst;
+  std::vector<const void*> src;
+  for (int r = 0; r < world; ++r) {
+    dst.push_back(memory.at(tensors[(rank + r) % world], mine.offset));
+    src.push_back(memory.at(tensors[r], mine.offset));
+  }
+  memory.combine(dst, src, mine.length);
+}
+
+// The same for private tensors: through slots that all map, one place a rank in each.
+void staged(const at::Tensor& x, const std::vector<at::Tensor>& slots, int rank) {
+  const int world = static_cast<int>(slots.size());
+  const Accesses memory(x, world);
+  const size_t place = slots[0].numel() / world;
+  const Partition partition{{0, static_cast<size_t>(x.numel())}, place, world};
+  for (size_t round = 0; round < partition.rounds(); ++round) {
+    std::vector<const void*> src;
+    for (int r = 0; r < world; ++r) {
+      const Span s = partition.at(round, r);
+      if (r != rank) memory.copy(memory.at(slots[rank], r * place), memory.at(x, s.offset), s.length);
+      src.push_back(r == rank ? memory.at(x, s.offset) : memory.at(slots[r], rank * place));
+    }
+    const Span mine = partition.at(round, rank);
+    memory.combine({memory.at(x, mine.offset), memory.at(slots[rank], rank * place)}, src, mine.length);
+    for (int r = 0; r < world; ++r) {
+      const Span s = partition.at(round, r);
+      if (r != rank) memory.copy(memory.at(x, s.offset), memory.at(slots[r], r * place), s.length);
+    }
+  }
+}
+
+}  // namespace
+
+void bind_ceiling(py::module_& m) {
+  m.def("ceiling_symmetric", &symmetric, py::arg("tensors"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
+  m.def("ceiling_staged", &staged, py::arg("x"), py::arg("slots"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace pycoll::bindings
