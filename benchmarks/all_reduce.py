@@ -94,17 +94,22 @@ def _run(config: AllReduceBench) -> report.Report:
     """
     if config.ranks < 2:
         raise ValueError(f"an all-reduce takes 2 ranks or more, not {config.ranks}")
+    if not config.contenders:
+        raise ValueError("nobody is measured: give --contenders at least one name")
     itemsize = values.ITEMSIZE[config.dtype]
     largest = timing.parse_bytes(config.largest)
     sizes = timing.sizes(timing.parse_bytes(config.smallest), largest, config.factor, itemsize)
     found = report.Report("all-reduce", config.ranks, config.dtype, machine.describe())
     with ExitStack() as stack:
-        launches = _launches(config, largest, stack)
-        needed = (len(launches) + 3) * config.ranks * largest  # pycoll has three kinds of tensors, the ceiling two
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pycoll-bench-")))
+        launched = _libraries(config, folder)
+        needed = (len(launched) + 4) * config.ranks * largest  # pycoll has three kinds of tensors, the ceiling two
         if needed > machine.available_memory():
             raise ValueError(f"tensors would take {needed >> 20} MiB, more than is free: lower --max")
+        if "ceiling" in config.contenders:
+            launched.append(_ceiling(config, largest, folder, stack))
         groups = []
-        for launch in launches:
+        for launch in launched:
             try:
                 groups.append(stack.enter_context(RankGroup(launch, config.ranks)))
             except GroupFailed as e:
@@ -123,34 +128,30 @@ def _run(config: AllReduceBench) -> report.Report:
     return found
 
 
-def _launches(config: AllReduceBench, largest: int, stack: ExitStack) -> list[Launch]:
-    """The groups of ranks to start; what they need of files and memory lives as long as `stack`."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pycoll-bench-")))
-
-    def python(module: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", f"{__package__}.{module}", *arguments]
-
+def _libraries(config: AllReduceBench, folder: Path) -> list[Launch]:
+    """The libraries to start; the ranks of each meet in a file in `folder`."""
     found = []
     for library in ("pycoll", "gloo"):
         if library in config.contenders:
-            found.append(Launch(library, python("torch_ranks", library, str(folder / library))))
+            found.append(Launch(library, _python("torch_ranks", library, str(folder / library))))
     if "mpi" in config.contenders:
         for home in config.mpi:
             found += launches(find(home), config.ranks, config.dtype)
-    if "ceiling" in config.contenders:
-        descriptors = memory.create(config.ranks, largest)
-        for descriptor in descriptors:
-            stack.callback(os.close, descriptor)
-        environment = {memory.DESCRIPTORS_VARIABLE: ",".join(map(str, descriptors))}
-        found.append(
-            Launch(
-                "ceiling",
-                python("ceiling_ranks", str(folder / "ceiling")),
-                environment=environment,
-                inherited=descriptors,
-            )
-        )
     return found
+
+
+def _ceiling(config: AllReduceBench, largest: int, folder: Path, stack: ExitStack) -> Launch:
+    """The ceiling, on shared memory that lives as long as `stack`."""
+    descriptors = memory.create(config.ranks, largest)
+    for descriptor in descriptors:
+        stack.callback(os.close, descriptor)
+    environment = {memory.DESCRIPTORS_VARIABLE: ",".join(map(str, descriptors))}
+    command = _python("ceiling_ranks", str(folder / "ceiling"))
+    return Launch("ceiling", command, environment=environment, inherited=descriptors)
+
+
+def _python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"{__package__}.{module}", *arguments]
 
 
 def _progress() -> Progress:

@@ -109,8 +109,7 @@ class RankGroup:
                     raise self._failure(f"{len(found)} of {world_size} ranks started, exit codes {ended}") from None
                 continue
             connection = Connection(accepted.detach())
-            _, rank = connection.recv()
-            found[rank] = connection
+            found[connection.recv()] = connection
         return [found[rank] for rank in range(world_size)]
 
     def ask(self, *order: object) -> list[Any]:

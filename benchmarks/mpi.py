@@ -19,7 +19,8 @@ VARIABLE = "PYCOLL_BENCH_MPI"  # environments, separated as in PATH
 SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "Open MPI": {
         "default": {},
-        "copy-in": {"OMPI_MCA_smsc": "^cma", "OMPI_MCA_btl_vader_single_copy_mechanism": "none"},
+        "no CMA": {"OMPI_MCA_smsc": "^cma", "OMPI_MCA_btl_vader_single_copy_mechanism": "none"},  # of 5 and of 4
+        "coll/sm": {"OMPI_MCA_coll_sm_priority": "100"},
     },
     "MPICH": {"default": {}},
 }

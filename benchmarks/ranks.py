@@ -67,7 +67,7 @@ class Rank:
         }
         self._prepared: dict[Key, tuple[Operation, str]] = {}
         with _connect() as connection:
-            connection.send(("rank", self.rank))
+            connection.send(self.rank)
             while True:
                 try:
                     name, *arguments = connection.recv()

@@ -149,7 +149,7 @@ class Processes:
         return value
 
     def results(self, timeout: float = 60.0) -> list[Any]:
-        """`result` of every rank. If some fail, all that they say within 2 s is in the error: causes and consequences."""
+        """`result` of every rank. If some fail, all that they say within 2 s is in the error, cause and consequence."""
         values: list[Any] = [None] * len(self._processes)
         failures: list[str] = []
         waiting = {connection: rank for rank, connection in enumerate(self._connections)}

@@ -33,10 +33,10 @@ class Config:
 
 
 # world size up to -> largest tensor that one-shot takes (bytes). Each rank reads all slots, so the more ranks, the sooner two-shot wins.
-ONE_SHOT_MAX_BYTES = {2: 64 * KiB, 4: 32 * KiB, 8: 16 * KiB}
+ONE_SHOT_MAX_BYTES = {2: 256 * KiB, 4: 64 * KiB, 8: 32 * KiB}
 
 
 def one_shot_max_bytes(world_size: int) -> int:
     """Where `auto` switches from one-shot to two-shot, in bytes."""
     fitting = [limit for ranks, limit in ONE_SHOT_MAX_BYTES.items() if world_size <= ranks]
-    return fitting[0] if fitting else 8 * KiB
+    return fitting[0] if fitting else 16 * KiB

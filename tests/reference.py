@@ -1,4 +1,4 @@
-"""What a collective should give: inputs of every dtype, the result in fp64 or exact integers, and how far off it may be."""
+"""What a collective should give: inputs of every dtype, the result in fp64 or integers, and how far off it may be."""
 
 from collections.abc import Sequence
 

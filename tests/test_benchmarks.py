@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pycoll.benchmarks import all_reduce, bars, ceiling_ranks, mpi, plot, report, timing, values
+from pycoll.benchmarks import all_reduce, bars, ceiling_ranks, mpi, plot, ranks, report, timing, values
 from pycoll.benchmarks.driver import Contest
 from pycoll.benchmarks.groups import GroupFailed, Launch, RankGroup
 
@@ -191,7 +191,7 @@ def test_ranks_that_do_not_start_say_why() -> None:
 
 RANK = """
 import os, sys
-from pycoll.benchmarks import ranks
+from benchmarks import ranks
 def make(count, dtype):
     if sys.argv[1] == "raises": raise RuntimeError("out of luck")
     os._exit(3)
@@ -202,7 +202,9 @@ ranks.Rank(int(os.environ[ranks.RANK_VARIABLE]), 2, {("x", "y", "private", "z"):
 @pytest.mark.parametrize(("how", "message"), [("raises", "out of luck"), ("exits", "ended")])
 def test_a_group_that_fails_is_reported_and_left_out(how: str, message: str) -> None:
     found = report.Report("all-reduce", 2, "float32", MACHINE)
-    with RankGroup(Launch("unlucky", [sys.executable, "-c", RANK, how]), 2) as group:
+    folder = Path(ranks.__file__).parent.parent  # as MPI's ranks, without importing pycoll
+    launch = Launch("unlucky", [sys.executable, "-c", RANK, how], environment={"PYTHONPATH": str(folder)})
+    with RankGroup(launch, 2) as group:
         contest = Contest([group], found)
         for size in (8, 16):
             contest.measure(size, timing.Effort(1.0, 1, 1), lambda _: None)
@@ -219,6 +221,7 @@ def test_an_environment_without_mpi_is_refused(tmp_path: Path) -> None:
     ("config", "message"),
     [
         (all_reduce.AllReduceBench(ranks=1), "2 ranks or more"),
+        (all_reduce.AllReduceBench(contenders=()), "at least one"),
         (all_reduce.AllReduceBench(largest="much"), "no size"),
         (all_reduce.AllReduceBench(smallest="1MiB", largest="1KiB"), "rise"),
         (all_reduce.AllReduceBench(largest="100000GiB"), "lower --max"),

@@ -40,7 +40,7 @@ def tiny(**changes: int) -> Config:
 
 @dataclass(frozen=True)
 class Case:
-    """One all-reduce. The masks have a bit a rank: whether its tensor is in the shared heap. `shift`: storage offset."""
+    """One all-reduce. The masks have a bit a rank: is its tensor in the shared heap? `shift`: storage offset."""
 
     dtype: torch.dtype
     op: str
