@@ -60,16 +60,18 @@ def _checked(name: str, value: int, low: int, high: int) -> int:
 class Communicator:
     """A group of ranks on one machine and the collectives among them.
 
-    All ranks must create their communicators, and call its collectives, in the same order. Tensors are torch CPU tensors or NumPy arrays of
-    any shape and strides; NumPy arrays are used where they are. Memory from `empty()` is mapped by all peers, and collectives on it need no
-    staging copies.
+    All ranks must create their communicators, and call their collectives, in the same order. Tensors are torch CPU
+    tensors or NumPy arrays of any shape and strides; NumPy arrays are used where they are. Memory from `empty()` is
+    mapped by all peers, and collectives on it need no staging copies.
 
-    Reductions of bfloat16 and float16 accumulate in float32 and round once. One-shot and two-shot add in rank order: the same bits
-    on every rank, in every run, at every size. Ring and tree give the same bits on all ranks and in all runs, in an order that depends on how the tensor is cut.
+    Reductions of bfloat16 and float16 accumulate in float32 and round once. One-shot and two-shot add in rank order:
+    the same bits on every rank, in every run, at every size. Ring and tree give the same bits on all ranks and in all
+    runs, in an order that depends on how the tensor is cut.
 
     Raises:
         UsageError: a bad argument of this rank; the communicator stays usable.
-        MismatchError, PeerLostError, TimeoutError: terminal; every later call raises the same, and tensors of the failed call are undefined.
+        MismatchError, PeerLostError, TimeoutError: terminal; every later call raises the same, and tensors of the
+            failed call are undefined.
         UnsupportedError: a device, layout or dtype that pycoll does not communicate.
     """
 
@@ -147,7 +149,7 @@ class Communicator:
             `out`.
         """
         tensor = _tensor(x)
-        shape = tuple(tensor.shape) or (1,)
+        shape: tuple[int, ...] = tuple(tensor.shape) or (1,)
         if out is None:
             gathered = torch.empty((self.world_size * shape[0], *shape[1:]), dtype=tensor.dtype)
             self._impl.all_gather(tensor, gathered)
@@ -156,7 +158,7 @@ class Communicator:
         return out
 
     def reduce_scatter(self, x: Array, op: Op = "sum", *, out: Array | None = None) -> Array:
-        """Combines `x` of all ranks elementwise; rank r gets the r-th of `world_size` equal blocks along the first dimension.
+        """Combines `x` of all ranks elementwise; rank r gets block r of `world_size` equal blocks along dimension 0.
 
         Args:
             x: shape (world_size * n, ...), a dtype that all_reduce takes, the same on all ranks.
@@ -166,10 +168,11 @@ class Communicator:
         Returns:
             `out`.
         """
-        tensor = _tensor(x)
+        tensor: Tensor = _tensor(x)
         if tensor.dim() == 0 or tensor.shape[0] % self.world_size:
             raise UsageError(
-                f"pycoll: reduce_scatter needs a first dimension that {self.world_size} ranks divide, not shape {tuple(tensor.shape)}"
+                f"pycoll: reduce_scatter needs a first dimension that {self.world_size} ranks divide, "
+                f"not shape {tuple(tensor.shape)}"
             )
         if out is None:
             block = torch.empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]), dtype=tensor.dtype)
@@ -185,8 +188,8 @@ class Communicator:
     def empty(self, shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised torch tensor in this rank's shared heap, which all peers map ("symmetric memory").
 
-        Collectives on it, and on views of it, need no staging copies. No collective call: ranks may allocate differently. The memory is
-        freed with the tensor, and stays valid after `close()`.
+        Collectives on it, and on views of it, need no staging copies. No collective call: ranks may allocate
+        differently. The memory is freed with the tensor, and stays valid after `close()`.
 
         Raises:
             Error: the heap is full (Config.heap_bytes), or the machine has no memory.
@@ -216,11 +219,17 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{self._impl.channels} channels, {self.footprint() / 2**20:.1f} MiB, {_C.simd}"
+        state = (
+            "closed"
+            if self.closed
+            else f"{self._impl.channels} channels, {self.footprint() / 2**20:.1f} MiB, {_C.simd}"
+        )
         return f"<pycoll.Communicator rank {self.rank} of {self.world_size}: {state}>"
 
 
@@ -260,13 +269,18 @@ def _store_from_env(timeout: float | timedelta) -> tuple[dist.Store, int, int]:
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
             return store, rank, world_size
         if rank_key == "RANK":
-            raise UsageError("pycoll: RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: start with torchrun")
+            raise UsageError(
+                "pycoll: RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: start with torchrun"
+            )
         return _file_store(job_keys, world_size), rank, world_size
-    raise UsageError("pycoll: the environment names no rank: start with torchrun, mpirun or srun, or give a store, rank and world size")
+    raise UsageError(
+        "pycoll: the environment names no rank: start with torchrun, mpirun or srun, "
+        "or give a store, rank and world size"
+    )
 
 
 def _file_store(job_keys: Sequence[str], world_size: int) -> dist.Store:
-    """Ranks on one machine whose launcher gives no address meet in a file named after the job; the last one removes it."""
+    """Where ranks meet whose launcher gives no address: a file named after the job, which the last one removes."""
     job = "-".join(os.environ[key] for key in job_keys if key in os.environ) or f"launcher-{os.getppid()}"
     name = f"pycoll-{os.getuid()}-{''.join(c if c.isalnum() else '-' for c in job)}-{next(_names)}"
     return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)

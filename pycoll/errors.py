@@ -25,5 +25,5 @@ class PeerLostError(Error, ConnectionError):
     """A rank died, or closed its communicator while others still wait for it. `rank` names it."""
 
 
-class TimeoutError(Error, builtins.TimeoutError):  # noqa: A001 - the name users look for
+class TimeoutError(Error, builtins.TimeoutError):
     """A rank did not come in time. `rank` names it."""

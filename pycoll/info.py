@@ -11,7 +11,7 @@ from pycoll.version import __version__
 
 
 def info() -> dict[str, Any]:
-    """Version, torch, SIMD level, CUDA built or not and for which architectures, cores, memory, and where ranks may share memory."""
+    """What was built and what it found: version, torch, CUDA, SIMD level, cores, memory, and the default `Config`."""
     built = build_info()
     return {
         "pycoll": __version__,
@@ -21,6 +21,6 @@ def info() -> dict[str, Any]:
         "cuda": built["cuda"],
         "cores": _C.available_cores(),
         "memory_bytes": _C.physical_memory(),
-        "shared_memory": "anonymous (memfd), between processes of one user in one network namespace; no /dev/shm needed",
+        "shared_memory": "anonymous (memfd), between processes of one user in one network namespace",
         "defaults": vars(Config()),
     }

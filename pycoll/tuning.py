@@ -17,8 +17,8 @@ class Config:
         slot_bytes: one staging slot; each channel has two.
         link_bytes: one buffer of a ring or tree connection; each channel has 3 x `link_slots`.
         link_slots: buffers a connection has, at least 2.
-        heap_bytes: address space for `Communicator.empty()`; memory is taken only as tensors are made. None: as large as
-            the machine's memory, at most 64 GiB.
+        heap_bytes: address space for `Communicator.empty()`; memory is taken only as tensors are made. None: as large
+            as the machine's memory, at most 64 GiB.
         one_shot_max_bytes: `auto` takes one-shot up to this size and two-shot above. None: by world size.
         channel_min_bytes: one channel more for each so many bytes of the tensor.
     """
@@ -32,7 +32,8 @@ class Config:
     channel_min_bytes: int = 512 * KiB
 
 
-# world size up to -> largest tensor that one-shot takes (bytes). Each rank reads all slots, so the more ranks, the sooner two-shot wins.
+# World size up to -> largest tensor that one-shot takes (bytes). Each rank reads all slots, so the more ranks, the
+# sooner two-shot wins.
 ONE_SHOT_MAX_BYTES = {2: 256 * KiB, 4: 64 * KiB, 8: 32 * KiB}
 
 

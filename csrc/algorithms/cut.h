@@ -1,4 +1,5 @@
-// How each collective is cut for each algorithm: what a round and a chunk are, given the sizes of slots and link buffers.
+// How each collective is cut for each algorithm: what a round and a chunk are, given the sizes of slots and link
+// buffers.
 #pragma once
 
 #include "core/layout.h"
@@ -9,9 +10,9 @@ namespace pycoll {
 
 PYCOLL_HD Partition cut(const CallRecord& r, const Geometry& g, int channel, int channels) {
   const size_t element = size_of(r.dtype);
-  const size_t slot = g.slot_bytes / element;                        // elements of a slot,
-  const size_t place = g.place_bytes() / element;                    // of one rank's place in it,
-  const size_t buffer = g.link_bytes / accumulator_size(r.dtype);    // of a link buffer
+  const size_t slot = g.slot_bytes / element;                      // elements of a slot,
+  const size_t place = g.place_bytes() / element;                  // of one rank's place in it,
+  const size_t buffer = g.link_bytes / accumulator_size(r.dtype);  // of a link buffer
   if (r.collective == Collective::kReduceScatter) {
     const size_t block = r.count / g.world;
     return {channel_share(block, channel, channels), place, 1, block};

@@ -2,7 +2,8 @@
 //
 // reduce-scatter: publish the other ranks' blocks, barrier, each rank adds its own block of all ranks in rank order.
 // all-gather:     publish the own block, barrier, each rank copies all blocks.
-// broadcast:      the root publishes, barrier, the others copy. All ranks wait on all, as in every barrier: it needs no credits.
+// broadcast:      the root publishes, barrier, the others copy. All ranks wait on all, as in every barrier: it needs no
+//                 credits.
 // Each ends with a barrier only if a tensor was read where it lies (csrc/README.md, W6).
 #pragma once
 

@@ -3,7 +3,8 @@
 // A round is as much of the tensor as a slot holds.
 //   publish: each rank copies the round of its input into its slot.            -- barrier --
 //   combine: each rank reads all slots, adds them in rank order, and writes the whole result to its own output.
-// One barrier in all. It reads slots, never tensors, so it is right in place, and needs no barrier at the end: slots alternate.
+// One barrier in all. It reads slots, never tensors, so it is right in place, and needs no barrier at the end: slots
+// alternate.
 // Traffic: each rank reads W-1 times the tensor. Bits: rank order, the same on all ranks, in all runs, and as two-shot.
 #pragma once
 

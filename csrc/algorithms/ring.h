@@ -1,10 +1,12 @@
 // Ring all-reduce (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
 //
 // A round holds one chunk a rank. Every rank talks to its two neighbours only, and all links are busy at once.
-//   reduce half: W-1 steps. Chunk r starts at rank r and goes round the ring; each rank adds its own part. The rank before r completes it.
+//   reduce half: W-1 steps. Chunk r starts at rank r and goes round the ring; each rank adds its own part. The rank
+//     before r completes it.
 //   gather half: W-1 steps. The finished chunks go round once more and each rank copies them to its output.
 // Traffic: each rank sends and receives 2 (W-1)/W of the tensor, which is the least possible. Latency: 2 (W-1) steps.
-// Bits: the same on all ranks and in all runs; a chunk is summed in ring order from its own rank on, so the order depends on the chunking.
+// Bits: the same on all ranks and in all runs; a chunk is summed in ring order from its own rank on, so the order
+// depends on the chunking.
 #pragma once
 
 #include "core/channel.h"

@@ -6,8 +6,9 @@
 
 namespace pycoll {
 
-// publish(0) barrier { combine(k) publish(k+1) barrier collect(k) }: one barrier a round, since the barrier that ends round k also
-// announces what round k+1 starts from. `enter` is the first barrier (on channel 0: the entry, which compares the records).
+// publish(0) barrier { combine(k) publish(k+1) barrier collect(k) }: one barrier a round, since the barrier that ends
+// round k also announces what round k+1 starts from. `enter` is the first barrier (on channel 0: the entry, which
+// compares the records).
 template <class Algorithm, class Exec, class Enter>
 PYCOLL_HD bool run_window(Window<Exec>& w, const Enter& enter) {
   w.first_publish();
@@ -33,7 +34,8 @@ PYCOLL_HD bool run_window(Window<Exec>& w, const Enter& enter) {
   return true;
 }
 
-// { reduce_half(k) gather_half(k - lag) }: the reduce half may run `lag` rounds ahead, so that a tree's leaves do not wait for the root.
+// { reduce_half(k) gather_half(k - lag) }: the reduce half may run `lag` rounds ahead, so that a tree's leaves do not
+// wait for the root.
 template <class Algorithm, class Exec>
 PYCOLL_HD void run_channel(Channel<Exec>& c, const Algorithm& algorithm) {
   const size_t rounds = c.rounds(), lag = algorithm.lag(c);

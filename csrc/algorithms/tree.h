@@ -1,10 +1,14 @@
-// Tree all-reduce: a binary tree, and on odd channels its mirror, so that all ranks carry alike (two-tree algorithm, Sanders et al., 2009).
+// Tree all-reduce: a binary tree, and on odd channels its mirror, so that all ranks carry alike (two-tree algorithm,
+// Sanders et al., 2009).
 //
 // A round is one chunk, the same for all ranks.
-//   reduce half: from the leaves up. Each rank adds its children's sums and its own part, and sends the sum to its parent; the root completes it.
+//   reduce half: from the leaves up. Each rank adds its children's sums and its own part, and sends the sum to its
+//     parent; the root completes it.
 //   gather half: from the root down. Each rank copies the result to its output and passes it on to its children.
-// Latency: 2 log2(W) steps. The reduce half runs some rounds ahead of the gather half, so that both directions are busy.
-// Bits: the same on all ranks and in all runs; an element is summed in the order of the tree (children, then own), which depends on its channel.
+// Latency: 2 log2(W) steps. The reduce half runs some rounds ahead of the gather half, so that both directions are
+// busy.
+// Bits: the same on all ranks and in all runs; an element is summed in the order of the tree (children, then own),
+// which depends on its channel.
 #pragma once
 
 #include "core/channel.h"

@@ -1,12 +1,17 @@
-// Two-shot all-reduce: reduce-scatter and all-gather fused, for everything larger (Rabenseifner's split, over memory all ranks can read).
+// Two-shot all-reduce: reduce-scatter and all-gather fused, for everything larger (Rabenseifner's split, over memory
+// all ranks can read).
 //
 // A round has one chunk a rank; rank r owns chunk r.
-//   publish: each rank copies the chunks of the others into its slot; a tensor in the shared heap is read where it lies.   -- barrier --
+//   publish: each rank copies the chunks of the others into its slot; a tensor in the shared heap is read where it
+//     lies.
+//       -- barrier --
 //   combine: the owner reads its chunk of all ranks, adds in rank order, and writes the result to its output, into the
-//            outputs of the ranks whose tensors are in the heap, and into its slot for the rest.                          -- barrier --
+//     outputs of the ranks whose tensors are in the heap, and into its slot for the rest.
+//       -- barrier --
 //   collect: each rank whose output is private copies the other chunks from their owners' slots.
-// With all tensors in the heap there is nothing to publish or collect, and the whole tensor is one round between two barriers.
-// Each element is read and written by its owner alone, so it is right in place. Bits: rank order, as one-shot.
+// With all tensors in the heap there is nothing to publish or collect, and the whole tensor is one round between two
+// barriers. Each element is read and written by its owner alone, so it is right in place. Bits: rank order, as
+// one-shot.
 #pragma once
 
 #include "core/window.h"

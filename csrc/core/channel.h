@@ -1,13 +1,14 @@
 // Channel: first-in-first-out verbs between neighbours. Ring and tree are written in them.
 //
-// A verb takes one message from each connection of `Links::recv`, gives one to each of `Links::send`, and may reduce with the own chunk of
-// the input and copy to the output. All verbs are one `op`: the leader waits, everybody moves data, the leader posts.
-// Invariants L1 to L5 of csrc/README.md are kept here.
+// A verb takes one message from each connection of `Links::recv`, gives one to each of `Links::send`, and may reduce
+// with the own chunk of the input and copy to the output. All verbs are one `op`: the leader waits, everybody moves
+// data, the leader posts. Invariants L1 to L5 of csrc/README.md are kept here.
 //
 // The executor `Exec` is the device: a CPU thread, a CUDA block, or host threads that stand in for one.
 //   bool leader()                              whether this thread waits and posts for its group
-//   bool await(const Cell&, uint64_t, int peer)  leader only: until the cell holds at least that value; false (or an exception) on failure
-//   bool await_barrier(const PeerTable&, int channel, uint64_t epoch)  the same for the barrier cells of all other ranks
+//   bool await(const Cell&, uint64_t, int peer)     leader only: until the cell holds at least that value; false (or
+//                                                   an exception) on failure
+//   bool await_barrier(const PeerTable&, int channel, uint64_t epoch)   the same for the barrier cells of all others
 //   void post(Cell&, uint64_t)                 leader only
 //   bool sync(bool ok)                         all threads of the group meet; whether all said true
 //   void combine(const CombineArgs&), void copy(void*, const void*, size_t)   all threads, each its part

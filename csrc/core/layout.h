@@ -1,4 +1,5 @@
-// Where things lie in a rank's segment, and the table of all ranks' segments as this rank maps them. Plain data, for every device.
+// Where things lie in a rank's segment, and the table of all ranks' segments as this rank maps them. Plain data, for
+// every device.
 #pragma once
 
 #include <cstddef>
@@ -9,18 +10,19 @@
 
 namespace pycoll {
 
-// What a connection is for, named from its receiver. Each has a head cell at the receiver and a credit cell at the sender.
+// What a connection is for, named from its receiver. Each has a head cell at the receiver and a credit cell at the
+// sender.
 enum LinkKind : int { kRingLink, kTreeUp0, kTreeUp1, kTreeDown, kLinkKinds };
 constexpr int kLinkBuffers = 3;  // ring and tree are never in flight together: the ring's buffers serve child 0 as well
 
 // The same on all ranks: agreed when they attach.
 struct Geometry {
   int world;
-  int channels;        // independent lanes: threads, blocks
-  int link_slots;      // buffers a connection has, at least 2
-  size_t slot_bytes;   // a window slot; each channel has two
-  size_t link_bytes;   // one buffer of a connection
-  size_t heap_bytes;   // address space for user tensors; memory is taken as they are made
+  int channels;       // independent lanes: threads, blocks
+  int link_slots;     // buffers a connection has, at least 2
+  size_t slot_bytes;  // a window slot; each channel has two
+  size_t link_bytes;  // one buffer of a connection
+  size_t heap_bytes;  // address space for user tensors; memory is taken as they are made
 
   static constexpr size_t kControlBytes = 4096;
   static constexpr size_t kPage = size_t{2} << 20;
@@ -48,7 +50,9 @@ struct PeerTable {
     return reinterpret_cast<Cell*>(base[r] + geometry.cells_offset())[channel * geometry.cells_per_channel() + index];
   }
   PYCOLL_HD Cell& barrier_cell(int r, int channel, uint64_t epoch) const { return cell(r, channel, epoch & 1); }
-  PYCOLL_HD Cell& head_cell(int receiver, int channel, LinkKind kind) const { return cell(receiver, channel, 2 + kind); }
+  PYCOLL_HD Cell& head_cell(int receiver, int channel, LinkKind kind) const {
+    return cell(receiver, channel, 2 + kind);
+  }
   // A parent sends down to two children, so a sender's credits are told apart by kind and by child.
   PYCOLL_HD Cell& credit_cell(int sender, int channel, LinkKind kind, int child) const {
     return cell(sender, channel, 2 + kLinkKinds + 2 * kind + child);

@@ -20,9 +20,9 @@ struct TreeNeighbours {
   int child_index;  // which child of its parent this rank is
 };
 
-// The binary tree in which rank r has the children 2r+1 and 2r+2. Its mirror counts ranks from the other end, so that the leaves of
-// the one are the inner ranks of the other and two channels together load all ranks alike (Sanders et al., "Two-tree
-// algorithms for full bandwidth broadcast, reduction and scan", 2009).
+// The binary tree in which rank r has the children 2r+1 and 2r+2. Its mirror counts ranks from the other end, so that
+// the leaves of the one are the inner ranks of the other and two channels together load all ranks alike (Sanders et
+// al., "Two-tree algorithms for full bandwidth broadcast, reduction and scan", 2009).
 PYCOLL_HD TreeNeighbours tree_neighbours(int rank, int world, bool mirror) {
   const auto flip = [&](int r) { return mirror ? world - 1 - r : r; };
   const int place = flip(rank);

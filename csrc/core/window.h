@@ -1,7 +1,8 @@
 // Window: phases over everybody's memory, between barriers. The direct algorithms are written in it.
 //
-// A phase names chunks and ranks; where a rank's data lie (in its heap, which peers read and write in place, or in its staging slot) is
-// settled here and nowhere else. Invariants W1 to W6 of csrc/README.md are kept here; `Exec` is described in core/channel.h.
+// A phase names chunks and ranks; where a rank's data lie (in its heap, which peers read and write in place, or in its
+// staging slot) is settled here and nowhere else. Invariants W1 to W6 of csrc/README.md are kept here; `Exec` is
+// described in core/channel.h.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +22,8 @@ struct WindowState {
 template <class Exec>
 class Window {
  public:
-  // `records`: the call as each rank recorded it [world]; filled, and compared, by the entry, so read only after the first barrier.
+  // `records`: the call as each rank recorded it [world]; filled, and compared, by the entry, so read only after the
+  // first barrier.
   PYCOLL_HD Window(Exec& exec, Operation& op, const PeerTable& peers, int channel, WindowState& state,
                    const CallRecord* records, const CallRecord& mine)
       : exec_(exec), op_(op), peers_(peers), channel_(channel), state_(state), records_(records), mine_(mine) {}
@@ -70,7 +72,8 @@ class Window {
 
   // ---- combine: from everybody's slots or tensors ----
 
-  // My chunk: reduced over all ranks in rank order, to my output, to every output that is mapped, and to my slot for the others.
+  // My chunk: reduced over all ranks in rank order, to my output, to every output that is mapped, and to my slot for
+  // the others.
   PYCOLL_HD void reduce_chunk(int c, size_t out_shift, bool share_result) {
     const Span s = op_.partition.at(round_, c);
     const void** src = exec_.sources();
@@ -103,7 +106,9 @@ class Window {
   // What rank r published of its own block, to chunk `c` of my output.
   PYCOLL_HD void copy_block(int r, int c) {
     const Span from = op_.partition.at(round_, 0), to = op_.partition.at(round_, c);
-    const std::byte* src = r == rank() ? input(from) : input_mapped(r) ? tensor(r, records_[r].in_offset, from) : slot(r);
+    const std::byte* src = r == rank()       ? input(from)
+                           : input_mapped(r) ? tensor(r, records_[r].in_offset, from)
+                                             : slot(r);
     std::byte* dst = op_.out + to.offset * op_.element_bytes;
     if (dst != src) exec_.copy(dst, src, bytes(to));
   }

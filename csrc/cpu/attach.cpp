@@ -18,7 +18,7 @@ namespace pycoll::cpu {
 namespace {
 
 constexpr uint64_t kProtocol = 0x70796303;  // changes whenever a segment's layout or its use does
-constexpr const char* kReachedAll = "0";     // else the kind of the error and its text
+constexpr const char* kReachedAll = "0";    // else the kind of the error and its text
 
 struct Hello {
   uint64_t protocol;
@@ -149,9 +149,9 @@ class Attach {
         throw Error(ErrorKind::kError, "pycoll: ranks run different versions of pycoll");
       }
       if (hellos.back().world != world_) {
-        throw Error(ErrorKind::kMismatch, "pycoll: rank " + std::to_string(hellos.size() - 1) + " says the world size is " +
-                                              std::to_string(hellos.back().world) + ", rank " + std::to_string(rank_) +
-                                              " says " + std::to_string(world_));
+        throw Error(ErrorKind::kMismatch, "pycoll: rank " + std::to_string(hellos.size() - 1) +
+                                              " says the world size is " + std::to_string(hellos.back().world) +
+                                              ", rank " + std::to_string(rank_) + " says " + std::to_string(world_));
       }
     }
     return hellos;
@@ -176,8 +176,12 @@ class Attach {
     a.channel_min_bytes = std::max<size_t>(c.channel_min_bytes, 1);
     // A place of at least one cache line for every rank.
     const size_t slot = std::max(round_up(c.slot_bytes, 64), size_t{64} * world_);
-    a.geometry = {world_, std::max(c.channels, 1), std::max(c.link_slots, 2), slot,
-                  std::max(round_up(c.link_bytes, 64), size_t{64}), round_up(c.heap_bytes, Geometry::kPage)};
+    a.geometry = {world_,
+                  std::max(c.channels, 1),
+                  std::max(c.link_slots, 2),
+                  slot,
+                  std::max(round_up(c.link_bytes, 64), size_t{64}),
+                  round_up(c.heap_bytes, Geometry::kPage)};
     a.keeper = Keeper::get();
     segment_ = create_shared_memory("pycoll-segment", a.geometry.segment_bytes());
     a.segments.resize(world_);
@@ -202,7 +206,8 @@ class Attach {
     const Fd s(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (!s) throw_errno("opening a local socket failed");
     // A full queue makes connect wait for the listener; it must not do so for ever.
-    const timeval patience{std::max<long>(1, std::chrono::duration_cast<std::chrono::seconds>(deadline_ - Clock::now()).count()), 0};
+    const timeval patience{
+        std::max<long>(1, std::chrono::duration_cast<std::chrono::seconds>(deadline_ - Clock::now()).count()), 0};
     setsockopt(s.get(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
     socklen_t length = 0;
     const sockaddr_un address = address_of(token, length);

@@ -1,11 +1,14 @@
 // How ranks find and map one another's segments.
 //
 // 1. Each rank opens an abstract socket and puts its hello (protocol version, socket, token, wishes) into the store.
-// 2. Having read all hellos, each rank computes the same geometry (the minimum of all wishes), makes its segment, and pushes it with its liveness page
+// 2. Having read all hellos, each rank computes the same geometry (the minimum of all wishes), makes its segment, and
+//    pushes it with its liveness page
 //    to every peer's socket (SCM_RIGHTS). A push needs no answer: the socket's queue keeps it.
 // 3. Each rank puts what it reached, or its error, into the store, and reads what the others say.
 // 4. If all reached all, each rank takes in what was pushed to it, checks the sender's user and token, and maps it.
-// Locality is what step 2 finds: ranks that cannot push to each other do not share memory. Nothing here has a name in the file system.
+//
+// Locality is what step 2 finds: ranks that cannot push to each other do not share memory. Nothing here has a name in
+// the file system.
 #pragma once
 
 #include <functional>
@@ -19,7 +22,8 @@
 
 namespace pycoll::cpu {
 
-// The key-value store through which ranks meet (torch's Store, or a map in tests). Keys are private to one communicator's ranks.
+// The key-value store through which ranks meet (torch's Store, or a map in tests). Keys are private to one
+// communicator's ranks.
 class Store {
  public:
   virtual ~Store() = default;
@@ -37,7 +41,7 @@ struct Config {
   size_t slot_bytes = size_t{1} << 20;
   size_t link_bytes = size_t{128} << 10;
   size_t heap_bytes = 0;
-  size_t one_shot_max_bytes = size_t{64} << 10;   // `auto` takes one-shot to here, two-shot above
+  size_t one_shot_max_bytes = size_t{64} << 10;  // `auto` takes one-shot to here, two-shot above
   size_t channel_min_bytes = size_t{512} << 10;  // a channel more for so many bytes of the tensor
 };
 

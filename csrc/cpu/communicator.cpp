@@ -26,7 +26,8 @@ std::string describe(const CallRecord& r) {
   std::string text = name(r.collective);
   if (r.collective == Collective::kBarrier) return text + "()";
   text += std::string("(") + name(r.dtype) + "[" + std::to_string(r.count) + "]";
-  if (r.collective == Collective::kAllReduce || r.collective == Collective::kReduceScatter) text += std::string(", ") + name(r.op);
+  if (r.collective == Collective::kAllReduce || r.collective == Collective::kReduceScatter)
+    text += std::string(", ") + name(r.op);
   if (r.collective == Collective::kAllReduce) text += std::string(", ") + name(r.algorithm);
   if (r.collective == Collective::kBroadcast) text += ", root " + std::to_string(r.root);
   return text + ")";
@@ -129,8 +130,8 @@ struct Communicator::Impl {
   }
 
   bool reaches_into_tensors(const CallRecord& mine) const {
-    if (mine.collective == Collective::kBarrier || mine.algorithm == Algorithm::kOneShot || mine.algorithm == Algorithm::kRing ||
-        mine.algorithm == Algorithm::kTree) {
+    if (mine.collective == Collective::kBarrier || mine.algorithm == Algorithm::kOneShot ||
+        mine.algorithm == Algorithm::kRing || mine.algorithm == Algorithm::kTree) {
       return false;
     }
     return std::any_of(records.begin(), records.end(),
@@ -153,7 +154,12 @@ struct Communicator::Impl {
   }
 
   void collective(const Call& call, const CallRecord& mine, bool in_caller) {
-    const Operation op{static_cast<const std::byte*>(call.in), static_cast<std::byte*>(call.out), size_of(call.dtype), rank(), world(), {}};
+    const Operation op{static_cast<const std::byte*>(call.in),
+                       static_cast<std::byte*>(call.out),
+                       size_of(call.dtype),
+                       rank(),
+                       world(),
+                       {}};
     const int channels = channels_for(mine);
     // The entry: on channel 0, with the record; the other channels start when it has passed.
     const auto enter = [&](Window<Executor>& w) {
@@ -207,7 +213,8 @@ struct Communicator::Impl {
   }
 
   template <class Enter>
-  void run_channel(Executor& exec, int channel, int channels, const CallRecord& mine, Operation op, const Enter& enter) {
+  void run_channel(Executor& exec, int channel, int channels, const CallRecord& mine, Operation op,
+                   const Enter& enter) {
     op.partition = cut(mine, table.geometry, channel, channels);
     Window<Executor> w(exec, op, table, channel, windows[channel], records.data(), mine);
     const auto window = [&](auto algorithm) { run_window<decltype(algorithm)>(w, [&] { return enter(w); }); };
@@ -243,7 +250,9 @@ struct Communicator::Impl {
 
   void close() {
     if (queue.inside()) {  // a signal handler or a callback: end the call; who owns the communicator closes it later
-      (void)watch.fail(Error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective", rank()));
+      (void)watch.fail(Error(ErrorKind::kError,
+                             "pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective",
+                             rank()));
       return;
     }
     const std::lock_guard guard(closing);
@@ -257,9 +266,11 @@ struct Communicator::Impl {
 
 Communicator::Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout) {
   if (world < 1 || rank < 0 || rank >= world) {
-    throw Error(ErrorKind::kUsage, "pycoll: rank " + std::to_string(rank) + " is not in a world of " + std::to_string(world));
+    throw Error(ErrorKind::kUsage,
+                "pycoll: rank " + std::to_string(rank) + " is not in a world of " + std::to_string(world));
   }
-  const std::shared_ptr<Attachment> attachment = attach(store, rank, world, config, Clock::now() + timeout, check_interrupt);
+  const std::shared_ptr<Attachment> attachment =
+      attach(store, rank, world, config, Clock::now() + timeout, check_interrupt);
   impl_ = std::make_unique<Impl>(attachment, timeout);
   run({.collective = Collective::kBarrier});  // when all have mapped all, what was in the store has served
   for (const std::string& key : attachment->store_keys) store.erase(key);
@@ -277,7 +288,8 @@ Communicator::~Communicator() {
 void Communicator::run(const Call& call) {
   impl_->check_usable();
   if (impl_->queue.inside()) {
-    throw Error(ErrorKind::kUsage, "pycoll: a collective was called from within another, by a signal handler or a callback");
+    throw Error(ErrorKind::kUsage,
+                "pycoll: a collective was called from within another, by a signal handler or a callback");
   }
   const auto interrupt = [this] {
     if (const std::exception_ptr failure = impl_->guarded(check_interrupt)) std::rethrow_exception(failure);
@@ -313,6 +325,5 @@ const Geometry& Communicator::geometry() const { return impl_->table.geometry; }
 size_t Communicator::footprint() const { return impl_->table.geometry.scratch_bytes() + impl_->heap->used(); }
 std::chrono::milliseconds Communicator::timeout() const { return impl_->watch.timeout(); }
 void Communicator::set_timeout(std::chrono::milliseconds timeout) { impl_->watch.set_timeout(timeout); }
-Algorithm Communicator::choose(size_t bytes) const { return impl_->choose(bytes); }
 
 }  // namespace pycoll::cpu

@@ -13,9 +13,10 @@
 
 namespace pycoll::cpu {
 
-// One collective as this rank calls it. Memory is dense; `count` is in elements of the input (all-gather: one rank's block;
-// reduce-scatter: all blocks, a multiple of the world size; all-reduce and broadcast: the tensor). In place where in == out; they must not overlap otherwise
-// (all-gather, reduce-scatter: `in` or `out` may also be this rank's block of the other).
+// One collective as this rank calls it. Memory is dense; `count` is in elements of the input (all-gather: one rank's
+// block; reduce-scatter: all blocks, a multiple of the world size; all-reduce and broadcast: the tensor). In place
+// where in == out; they must not overlap otherwise (all-gather, reduce-scatter: `in` or `out` may also be this rank's
+// block of the other).
 struct Call {
   Collective collective;
   DType dtype = DType::kUInt8;
@@ -43,7 +44,8 @@ class Communicator {
   // Makes running and later calls fail on all ranks, with this text.
   void abort(const std::string& why);
 
-  // Memory that peers map; freed with the last copy of the pointer, also after close(). Throws Error when the heap is full.
+  // Memory that peers map; freed with the last copy of the pointer, also after close(). Throws Error when the heap is
+  // full.
   std::shared_ptr<void> allocate(size_t bytes);
 
   int rank() const;
@@ -53,7 +55,6 @@ class Communicator {
   size_t footprint() const;  // bytes of memory this rank has given: scratch and user tensors in the heap
   std::chrono::milliseconds timeout() const;
   void set_timeout(std::chrono::milliseconds timeout);
-  Algorithm choose(size_t bytes) const;  // what `auto` takes
 
  private:
   struct Impl;

@@ -1,4 +1,5 @@
-// A CPU thread as the executor of the algorithm templates (the concept is described in core/channel.h). Failures leave by exception.
+// A CPU thread as the executor of the algorithm templates (the concept is described in core/channel.h). Failures leave
+// by exception.
 #pragma once
 
 #include <vector>

@@ -12,7 +12,8 @@ class Heap {
  public:
   Heap(std::byte* base, size_t bytes);
 
-  // `bytes` of prefaulted memory, aligned to a page from 4 KiB on and to 128 bytes below. Throws Error when the heap is full.
+  // `bytes` of prefaulted memory, aligned to a page from 4 KiB on and to 128 bytes below. Throws Error when the heap is
+  // full.
   std::byte* allocate(size_t bytes);
   void free(std::byte* block);  // gives the pages back to the system
 

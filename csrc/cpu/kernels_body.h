@@ -142,7 +142,8 @@ void copy(void* dst, const void* src, size_t bytes) {
   __builtin_memcpy(static_cast<std::byte*>(dst) + done, static_cast<const std::byte*>(src) + done, bytes - done);
 }
 
-// Asks for the next block of each source while this one is worked on: the processor's own prefetcher stops at the end of a page.
+// Asks for the next block of each source while this one is worked on: the processor's own prefetcher stops at the end
+// of a page.
 template <class T>
 void prefetch_block(const CombineArgs& a, size_t at) {
   for (int k = 0; k < a.src_count && k < kFanIn; ++k) {

@@ -1,4 +1,5 @@
-// The threads of a rank's channels 1, 2, ...: started when first needed, ended by stop(). Channel 0 is the calling thread.
+// The threads of a rank's channels 1, 2, ...: started when first needed, ended by stop(). Channel 0 is the calling
+// thread.
 #pragma once
 
 #include <condition_variable>
@@ -26,8 +27,8 @@ class Lanes {
   std::mutex lock_;
   std::condition_variable changed_;
   std::function<void(int)> job_;
-  int count_ = 0;     // channels of the job, the caller's included
-  int running_ = 0;   // threads that have not finished it
+  int count_ = 0;    // channels of the job, the caller's included
+  int running_ = 0;  // threads that have not finished it
   uint64_t jobs_ = 0;
   bool ending_ = false;
   std::exception_ptr failure_;

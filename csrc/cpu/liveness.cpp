@@ -32,8 +32,8 @@ struct Current {  // this process's keeper; a forked child starts afresh
 };
 Current& current() {
   static auto* c = new Current;  // never destroyed: communicators may outlive static destruction
-  static const int registered = pthread_atfork([] { current().lock.lock(); }, [] { current().lock.unlock(); },
-                                               [] { current().lock.unlock(); });
+  static const int registered =
+      pthread_atfork([] { current().lock.lock(); }, [] { current().lock.unlock(); }, [] { current().lock.unlock(); });
   (void)registered;
   return *c;
 }
@@ -112,8 +112,8 @@ Life PeerLiveness::look() const {
   if (load_acquire(page.left) != 0) return Life::kLeft;
   const int locked = pthread_mutex_trylock(&page.held);
   if (locked == EBUSY) return Life::kAlive;
-  // Only the first watchers are told: after this unlock, which does not make the mutex consistent, it reads as busy for ever. So write it down first;
-  // should this watcher be killed before, the kernel tells the next one again.
+  // Only the first watchers are told: after this unlock, which does not make the mutex consistent, it reads as busy for
+  // ever. So write it down first; should this watcher be killed before, the kernel tells the next one again.
   const Life life = load_acquire(page.left) != 0 ? Life::kLeft : Life::kDead;
   if (life == Life::kDead) store_release(page.dead, uint32_t{1});
   if (locked == 0 || locked == EOWNERDEAD) pthread_mutex_unlock(&page.held);

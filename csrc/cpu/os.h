@@ -44,7 +44,8 @@ class Mapping {
   size_t size_ = 0;
 };
 
-// Anonymous shared memory of fixed size: it has no name, is not in /dev/shm, and can be neither shrunk nor grown by a peer.
+// Anonymous shared memory of fixed size: it has no name, is not in /dev/shm, and can be neither shrunk nor grown by a
+// peer.
 Fd create_shared_memory(const char* label, size_t bytes);
 
 // Takes the pages now, so that no collective pays for them.
@@ -60,7 +61,8 @@ void futex_wake_all(const uint64_t& word);
 // How many forks lie between the first process and this one: a communicator belongs to the process that made it.
 uint64_t fork_generation();
 
-// Blocks all signals while alive: threads started meanwhile inherit it, so that Python's handlers run on Python's thread.
+// Blocks all signals while alive: threads started meanwhile inherit it, so that Python's handlers run on Python's
+// thread.
 class SignalsBlocked {
  public:
   SignalsBlocked();
@@ -70,9 +72,9 @@ class SignalsBlocked {
   alignas(16) unsigned char saved_[128];
 };
 
-int available_cores();        // that this process may run on
-uint64_t physical_memory();   // bytes
-std::string random_token();   // 32 hexadecimal digits
+int available_cores();       // that this process may run on
+uint64_t physical_memory();  // bytes
+std::string random_token();  // 32 hexadecimal digits
 [[noreturn]] void throw_errno(const std::string& doing);
 
 }  // namespace pycoll::cpu

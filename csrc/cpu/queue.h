@@ -1,7 +1,7 @@
 // Issue order: the calls of a communicator run one at a time, in the order in which they were made, whoever made them.
 //
-// A synchronous call runs in its caller's thread when nothing is queued or running. Everything else goes through one worker thread, which is
-// started with the first such call and ended by stop().
+// A synchronous call runs in its caller's thread when nothing is queued or running. Everything else goes through one
+// worker thread, which is started with the first such call and ended by stop().
 #pragma once
 
 #include <atomic>
@@ -21,9 +21,9 @@ class Queue {
 
   ~Queue() { stop(); }
 
-  // Runs `call` here and now, if nothing comes before it, else queued; returns when it is done and throws what it throws.
-  // `interrupt` is called about every 20 ms while another thread runs it. It may throw, having seen to it that the call ends soon: what it threw is
-  // thrown on when the call, which uses the caller's memory, has ended.
+  // Runs `call` here and now, if nothing comes before it, else queued; returns when it is done and throws what it
+  // throws. `interrupt` is called about every 20 ms while another thread runs it. It may throw, having seen to it that
+  // the call ends soon: what it threw is thrown on when the call, which uses the caller's memory, has ended.
   template <class F, class Interrupt>
   void run(const F& call, const Interrupt& interrupt) {
     if (!begin()) return run_queued(call, interrupt);
@@ -39,7 +39,8 @@ class Queue {
 
   void stop();  // runs what is queued, then ends the worker
 
-  // Whether this thread is inside a call: a signal handler that runs in a wait, or a callback of `done`. It must neither run nor stop.
+  // Whether this thread is inside a call: a signal handler that runs in a wait, or a callback of `done`. It must
+  // neither run nor stop.
   bool inside() const { return holder_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
 
  private:

@@ -14,7 +14,8 @@ namespace {
 std::atomic<void (*)()> interrupt_check{nullptr};
 
 constexpr auto kFirstSleep = std::chrono::microseconds(1000), kLongestSleep = std::chrono::microseconds(20000);
-// Yielding is measured in time, not in turns: beside busy threads one turn can take 20 ms, and then sleeping costs less.
+// Yielding is measured in time, not in turns: beside busy threads one turn can take 20 ms, and then sleeping costs
+// less.
 constexpr auto kYielding = std::chrono::microseconds(200), kLongTurn = std::chrono::microseconds(100);
 }  // namespace
 
@@ -29,7 +30,8 @@ void Watch::throw_failure_of(int rank) const {
   if (load_acquire(c.failed) == 0) return;
   const auto patience = Clock::now() + kLongestSleep;
   while (load_acquire(c.failed) != 2) {  // being written, by a few stores
-    if (Clock::now() > patience) throw Error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank) + " has failed", rank);
+    if (Clock::now() > patience)
+      throw Error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank) + " has failed", rank);
     relax();
   }
   throw Error(static_cast<ErrorKind>(c.kind), c.text, c.culprit);
@@ -79,8 +81,9 @@ void Watch::throw_late(int peer) const {
     culprit = static_cast<int>(next) - 1;
   }
   throw Error(ErrorKind::kTimeout,
-              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout_.count()) + " ms for rank " +
-                  std::to_string(culprit) + ", which is alive but did not come. Did it make this call? Raise `timeout` if it is slow",
+              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout_.count()) +
+                  " ms for rank " + std::to_string(culprit) +
+                  ", which is alive but did not come. Did it make this call? Raise `timeout` if it is slow",
               culprit);
 }
 

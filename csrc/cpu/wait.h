@@ -33,15 +33,17 @@ class Watch {
  public:
   Watch(const Attachment& attachment, std::chrono::milliseconds timeout) : a_(attachment), timeout_(timeout) {}
 
-  // Raises if a rank has failed, if one that is waited for is dead or has left, or if the deadline is over; unless all is here by now.
+  // Raises if a rank has failed, if one that is waited for is dead or has left, or if the deadline is over; unless all
+  // is here by now.
   void look(std::span<const Awaited> missing, Clock::time_point deadline) const;
 
   // Tells the other ranks why this one stops. Only the first failure of a rank counts; returns that one.
   Error fail(const Error& error) const;
-  void throw_if_failed() const;         // this rank's failure
+  void throw_if_failed() const;  // this rank's failure
   void throw_if_any_rank_failed() const;
 
-  // Names the rank that this one waits for (-1: none), so that a time-out can follow the chain to the rank that holds up all.
+  // Names the rank that this one waits for (-1: none), so that a time-out can follow the chain to the rank that holds
+  // up all.
   void waits_for(int peer) const;
 
   std::chrono::milliseconds timeout() const { return timeout_; }
@@ -56,7 +58,8 @@ class Watch {
   std::chrono::milliseconds timeout_;
 };
 
-// Called by waits of the thread that called pycoll, about every 20 ms; throws to interrupt. (Python's signals: set by csrc/torch.)
+// Called by waits of the thread that called pycoll, about every 20 ms; throws to interrupt. (Python's signals: set by
+// csrc/torch.)
 void set_interrupt_check(void (*check)());
 void check_interrupt();
 
@@ -64,7 +67,8 @@ void check_interrupt();
 class Waiter {
  public:
   // `spins`: looks at a cell, with a pause of the pipeline between, before the core is offered to other threads.
-  Waiter(const Watch& watch, int spins, bool interruptible) : watch_(watch), spins_(spins), interruptible_(interruptible) {}
+  Waiter(const Watch& watch, int spins, bool interruptible)
+      : watch_(watch), spins_(spins), interruptible_(interruptible) {}
 
   void await(const Cell& cell, uint64_t value, int peer) {
     const Awaited awaited{&cell, value, peer};
@@ -75,7 +79,8 @@ class Waiter {
   void await_barrier(const PeerTable& table, int channel, uint64_t epoch) {
     for (int i = 1; i < table.geometry.world; ++i) {
       const int peer = (table.rank + i) % table.geometry.world;
-      if (!spin({&table.barrier_cell(peer, channel, epoch), epoch, peer})) return await_barrier_slowly(table, channel, epoch);
+      if (!spin({&table.barrier_cell(peer, channel, epoch), epoch, peer}))
+        return await_barrier_slowly(table, channel, epoch);
     }
   }
 

@@ -1,4 +1,5 @@
-// All-reduce among ranks that share a GPU: the algorithms of csrc/algorithms, a block for each rank and channel, in one cooperative launch.
+// All-reduce among ranks that share a GPU: the algorithms of csrc/algorithms, a block for each rank and channel, in one
+// cooperative launch.
 #include <cuda_runtime.h>
 
 #include "algorithms/cut.h"
@@ -21,7 +22,11 @@ __global__ void __launch_bounds__(kThreads, 1) all_reduce_kernel(GroupCall call)
   const GroupRank& rank = call.ranks[blockIdx.y];
   const int channel = static_cast<int>(blockIdx.x);
   BlockExecutor exec(call.record.dtype, call.record.op, call.status, call.timeout_ns);
-  Operation op{static_cast<const std::byte*>(rank.in), static_cast<std::byte*>(rank.out), size_of(call.record.dtype), rank.table.rank, call.world,
+  Operation op{static_cast<const std::byte*>(rank.in),
+               static_cast<std::byte*>(rank.out),
+               size_of(call.record.dtype),
+               rank.table.rank,
+               call.world,
                cut(call.record, rank.table.geometry, channel, call.channels)};
   WindowState state = rank.windows[channel];  // every thread keeps its own copy
   const CallRecord mine = rank.records[rank.table.rank];
@@ -61,7 +66,8 @@ int all_reduce_group(const GroupCall& call, void* stream) {
   GroupCall argument = call;
   void* arguments[] = {&argument};
   const dim3 grid(static_cast<unsigned>(call.channels), static_cast<unsigned>(call.world));
-  return static_cast<int>(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&all_reduce_kernel), grid, dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream)));
+  return static_cast<int>(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&all_reduce_kernel), grid,
+                                                      dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace pycoll::cuda_device

@@ -1,7 +1,8 @@
 // A thread block as the executor of the algorithm templates (the concept is described in core/channel.h).
 //
-// Only the block's leader looks at flags. No spin is unbounded: every 20 us it looks at an abort word that the host can write, and at the deadline; after a
-// failure all later waits and moves of the block are skipped, so that the kernel ends and the device stays usable.
+// Only the block's leader looks at flags. No spin is unbounded: every 20 us it looks at an abort word that the host can
+// write, and at the deadline; after a failure all later waits and moves of the block are skipped, so that the kernel
+// ends and the device stays usable.
 #pragma once
 
 #include <cuda/std/chrono>
@@ -23,7 +24,8 @@ struct Status {
   int32_t rank;  // for whom a block waited when it timed out
 };
 
-// The loops, one function a dtype and operation. Not inlined: the kernel that calls them holds every algorithm once, for all of them.
+// The loops, one function a dtype and operation. Not inlined: the kernel that calls them holds every algorithm once,
+// for all of them.
 template <class T, ReduceOp Op, class Group>
 __device__ __noinline__ void combine_block(const Group& group, const CombineArgs& args) {
   combine_strided<T, Op>(group, args);

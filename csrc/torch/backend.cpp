@@ -1,10 +1,10 @@
 #include "torch/backend.h"
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/extension.h>
 
 #include <mutex>
 #include <set>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "torch/errors.h"
 #include "torch/modules.h"
@@ -120,8 +120,12 @@ Backend::Work Backend::allreduce(Tensors& tensors, const c10d::AllreduceOptions&
   check_memory(x, "all_reduce");
   const Output out(x, /*keep_content=*/true);
   void* data = out.dense().mutable_data_ptr();
-  const cpu::Call call{.collective = Collective::kAllReduce, .dtype = reducible(x, "all_reduce"), .op = op_of(options.reduceOp),
-                       .in = data, .out = data, .count = static_cast<size_t>(x.numel())};
+  const cpu::Call call{.collective = Collective::kAllReduce,
+                       .dtype = reducible(x, "all_reduce"),
+                       .op = op_of(options.reduceOp),
+                       .in = data,
+                       .out = data,
+                       .count = static_cast<size_t>(x.numel())};
   return submit(c10d::OpType::ALLREDUCE, {call, {out.dense()}, [out] { out.finish(); }, tensors}, options.asyncOp);
 }
 
@@ -131,8 +135,12 @@ Backend::Work Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptions&
   const Output out(x, /*keep_content=*/true);
   void* data = out.dense().mutable_data_ptr();
   const Elements e = elements_to_copy(x);
-  const cpu::Call call{.collective = Collective::kBroadcast, .dtype = e.dtype, .root = static_cast<int>(options.rootRank),
-                       .in = data, .out = data, .count = e.count};
+  const cpu::Call call{.collective = Collective::kBroadcast,
+                       .dtype = e.dtype,
+                       .root = static_cast<int>(options.rootRank),
+                       .in = data,
+                       .out = data,
+                       .count = e.count};
   return submit(c10d::OpType::BROADCAST, {call, {out.dense()}, [out] { out.finish(); }, tensors}, options.asyncOp);
 }
 
@@ -141,17 +149,22 @@ Backend::Work Backend::allgather(TensorLists& outputs, Tensors& inputs, const c1
   const std::vector<at::Tensor> blocks = only(outputs, "all_gather");
   check_memory(x, "all_gather");
   if (blocks.size() != static_cast<size_t>(getSize())) {
-    throw_usage("all_gather needs a list of " + std::to_string(getSize()) + " tensors, not of " + std::to_string(blocks.size()));
+    throw_usage("all_gather needs a list of " + std::to_string(getSize()) + " tensors, not of " +
+                std::to_string(blocks.size()));
   }
   for (const at::Tensor& block : blocks) {
     check_memory(block, "all_gather");
-    if (block.scalar_type() != x.scalar_type()) throw_usage("all_gather: the output tensors must have the input's dtype");
+    if (block.scalar_type() != x.scalar_type())
+      throw_usage("all_gather: the output tensors must have the input's dtype");
     if (block.numel() != x.numel()) throw_unsupported("all_gather into tensors of different sizes is not there yet");
   }
   const at::Tensor whole = at::empty({static_cast<int64_t>(blocks.size()), x.numel()}, x.options());
   const Elements e = elements_to_copy(x);
-  const cpu::Call call{.collective = Collective::kAllGather, .dtype = e.dtype, .in = x.const_data_ptr(),
-                       .out = whole.mutable_data_ptr(), .count = e.count};
+  const cpu::Call call{.collective = Collective::kAllGather,
+                       .dtype = e.dtype,
+                       .in = x.const_data_ptr(),
+                       .out = whole.mutable_data_ptr(),
+                       .count = e.count};
   const auto spread = [whole, blocks] {
     const at::NoGradGuard no_grad;
     for (size_t r = 0; r < blocks.size(); ++r) blocks[r].copy_(whole[static_cast<int64_t>(r)].view_as(blocks[r]));
@@ -169,28 +182,36 @@ Backend::Work Backend::_allgather_base(at::Tensor& output, at::Tensor& input, co
   const at::Tensor x = input.contiguous();
   const Output out(output, /*keep_content=*/false);
   const Elements e = elements_to_copy(x);
-  const cpu::Call call{.collective = Collective::kAllGather, .dtype = e.dtype, .in = x.const_data_ptr(),
-                       .out = out.dense().mutable_data_ptr(), .count = e.count};
-  return submit(c10d::OpType::_ALLGATHER_BASE, {call, {x, out.dense()}, [out] { out.finish(); }, {output}}, options.asyncOp);
+  const cpu::Call call{.collective = Collective::kAllGather,
+                       .dtype = e.dtype,
+                       .in = x.const_data_ptr(),
+                       .out = out.dense().mutable_data_ptr(),
+                       .count = e.count};
+  return submit(c10d::OpType::_ALLGATHER_BASE, {call, {x, out.dense()}, [out] { out.finish(); }, {output}},
+                options.asyncOp);
 }
 
-Backend::Work Backend::reduce_scatter(Tensors& outputs, TensorLists& inputs, const c10d::ReduceScatterOptions& options) {
+Backend::Work Backend::reduce_scatter(Tensors& outputs, TensorLists& inputs,
+                                      const c10d::ReduceScatterOptions& options) {
   at::Tensor output = only(outputs, "reduce_scatter");
   const std::vector<at::Tensor>& blocks = only(inputs, "reduce_scatter");
   if (blocks.size() != static_cast<size_t>(getSize())) {
-    throw_usage("reduce_scatter needs a list of " + std::to_string(getSize()) + " tensors, not of " + std::to_string(blocks.size()));
+    throw_usage("reduce_scatter needs a list of " + std::to_string(getSize()) + " tensors, not of " +
+                std::to_string(blocks.size()));
   }
   std::vector<at::Tensor> flat;
   for (const at::Tensor& block : blocks) {
     check_memory(block, "reduce_scatter");
-    if (block.numel() != output.numel()) throw_unsupported("reduce_scatter of tensors of different sizes is not there yet");
+    if (block.numel() != output.numel())
+      throw_unsupported("reduce_scatter of tensors of different sizes is not there yet");
     flat.push_back(block.reshape({-1}));
   }
   at::Tensor whole = at::cat(flat);
   return _reduce_scatter_base(output, whole, options);
 }
 
-Backend::Work Backend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& options) {
+Backend::Work Backend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                                            const c10d::ReduceScatterOptions& options) {
   check_memory(input, "reduce_scatter_tensor");
   check_memory(output, "reduce_scatter_tensor");
   if (input.numel() != output.numel() * getSize() || output.scalar_type() != input.scalar_type()) {
@@ -199,10 +220,14 @@ Backend::Work Backend::_reduce_scatter_base(at::Tensor& output, at::Tensor& inpu
   }
   const at::Tensor x = input.contiguous();
   const Output out(output, /*keep_content=*/false);
-  const cpu::Call call{.collective = Collective::kReduceScatter, .dtype = reducible(x, "reduce_scatter"),
-                       .op = op_of(options.reduceOp), .in = x.const_data_ptr(), .out = out.dense().mutable_data_ptr(),
+  const cpu::Call call{.collective = Collective::kReduceScatter,
+                       .dtype = reducible(x, "reduce_scatter"),
+                       .op = op_of(options.reduceOp),
+                       .in = x.const_data_ptr(),
+                       .out = out.dense().mutable_data_ptr(),
                        .count = static_cast<size_t>(x.numel())};
-  return submit(c10d::OpType::_REDUCE_SCATTER_BASE, {call, {x, out.dense()}, [out] { out.finish(); }, {output}}, options.asyncOp);
+  return submit(c10d::OpType::_REDUCE_SCATTER_BASE, {call, {x, out.dense()}, [out] { out.finish(); }, {output}},
+                options.asyncOp);
 }
 
 Backend::Work Backend::barrier(const c10d::BarrierOptions& options) {
@@ -211,15 +236,20 @@ Backend::Work Backend::barrier(const c10d::BarrierOptions& options) {
 
 namespace {
 [[noreturn]] void not_yet(const char* collective) {
-  throw_unsupported(std::string(collective) +
-                    " is not there yet in this backend: all_reduce, broadcast, all_gather, reduce_scatter and barrier are");
+  throw_unsupported(
+      std::string(collective) +
+      " is not there yet in this backend: all_reduce, broadcast, all_gather, reduce_scatter and barrier are");
 }
 }  // namespace
 
 Backend::Work Backend::allreduce_sparse(Tensors&, const c10d::AllreduceOptions&) { not_yet("sparse all_reduce"); }
-Backend::Work Backend::allreduce_coalesced(Tensors&, const c10d::AllreduceCoalescedOptions&) { not_yet("all_reduce_coalesced"); }
+Backend::Work Backend::allreduce_coalesced(Tensors&, const c10d::AllreduceCoalescedOptions&) {
+  not_yet("all_reduce_coalesced");
+}
 Backend::Work Backend::reduce(Tensors&, const c10d::ReduceOptions&) { not_yet("reduce"); }
-Backend::Work Backend::allgather_coalesced(TensorLists&, Tensors&, const c10d::AllgatherOptions&) { not_yet("all_gather_coalesced"); }
+Backend::Work Backend::allgather_coalesced(TensorLists&, Tensors&, const c10d::AllgatherOptions&) {
+  not_yet("all_gather_coalesced");
+}
 Backend::Work Backend::allgather_into_tensor_coalesced(Tensors&, Tensors&, const c10d::AllgatherOptions&) {
   not_yet("all_gather_into_tensor_coalesced");
 }
@@ -239,13 +269,16 @@ Backend::Work Backend::recvAnysource(Tensors&, int) { not_yet("recv from any sou
 void Backend::monitoredBarrier(const c10d::BarrierOptions&, bool) { not_yet("monitored_barrier"); }
 
 void bind_backend(py::module_& m) {
-  m.def("close_backends", &Backend::close_all, "Drains and closes every group.", py::call_guard<py::gil_scoped_release>());
-  py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend>(m, "Backend", "The c10d backend; see pycoll/backend.py.")
+  m.def("close_backends", &Backend::close_all, "Drains and closes every group.",
+        py::call_guard<py::gil_scoped_release>());
+  py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend>(m, "Backend",
+                                                                  "The c10d backend; see pycoll/backend.py.")
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Config& config,
                        double timeout_seconds) {
              const py::gil_scoped_release no_gil;
-             return c10::make_intrusive<Backend>(store, rank, world, config,
-                                                 std::chrono::milliseconds(static_cast<int64_t>(std::min(timeout_seconds, 1e9) * 1000)));
+             return c10::make_intrusive<Backend>(
+                 store, rank, world, config,
+                 std::chrono::milliseconds(static_cast<int64_t>(std::min(timeout_seconds, 1e9) * 1000)));
            }),
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("config"), py::arg("timeout"));
 }

@@ -40,7 +40,8 @@ class Backend : public c10d::Backend {
   Work gather(TensorLists&, Tensors&, const c10d::GatherOptions&) override;
   Work scatter(Tensors&, TensorLists&, const c10d::ScatterOptions&) override;
   Work reduce_scatter_tensor_coalesced(Tensors&, Tensors&, const c10d::ReduceScatterOptions&) override;
-  Work alltoall_base(at::Tensor&, at::Tensor&, std::vector<int64_t>&, std::vector<int64_t>&, const c10d::AllToAllOptions&) override;
+  Work alltoall_base(at::Tensor&, at::Tensor&, std::vector<int64_t>&, std::vector<int64_t>&,
+                     const c10d::AllToAllOptions&) override;
   Work alltoall(Tensors&, Tensors&, const c10d::AllToAllOptions&) override;
   Work send(Tensors&, int, int) override;
   Work recv(Tensors&, int, int) override;

@@ -1,5 +1,5 @@
-// The machine's ceiling for `pycoll bench all-reduce`: the reads and writes of a two-shot all-reduce (sum) with no synchronization at all.
-// The results mean nothing; the accesses are those of csrc/algorithms/two_shot.h.
+// The machine's ceiling for `pycoll bench all-reduce`: the reads and writes of a two-shot all-reduce (sum) with no
+// synchronization at all. The results mean nothing; the accesses are those of csrc/algorithms/two_shot.h.
 #include <torch/extension.h>
 
 #include "core/partition.h"
@@ -16,11 +16,15 @@ class Accesses {
   Accesses(const at::Tensor& like, int world)
       : element_(like.element_size()),
         world_(world),
-        combine_(cpu::kernels().combine[static_cast<int>(reducible(like, "the ceiling"))][static_cast<int>(ReduceOp::kSum)]) {}
+        combine_(cpu::kernels()
+                     .combine[static_cast<int>(reducible(like, "the ceiling"))][static_cast<int>(ReduceOp::kSum)]) {}
 
-  std::byte* at(const at::Tensor& t, size_t element) const { return static_cast<std::byte*>(t.data_ptr()) + element * element_; }
+  std::byte* at(const at::Tensor& t, size_t element) const {
+    return static_cast<std::byte*>(t.data_ptr()) + element * element_;
+  }
   void combine(const std::vector<void*>& dst, const std::vector<const void*>& src, size_t count) const {
-    combine_({dst.data(), static_cast<int>(dst.size()), src.data(), static_cast<int>(src.size()), 0, true, world_, count});
+    combine_(
+        {dst.data(), static_cast<int>(dst.size()), src.data(), static_cast<int>(src.size()), 0, true, world_, count});
   }
   void copy(void* dst, const void* src, size_t count) const { cpu::kernels().copy(dst, src, count * element_); }
 
@@ -71,7 +75,8 @@ void staged(const at::Tensor& x, const std::vector<at::Tensor>& slots, int rank)
 
 void bind_ceiling(py::module_& m) {
   m.def("ceiling_symmetric", &symmetric, py::arg("tensors"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
-  m.def("ceiling_staged", &staged, py::arg("x"), py::arg("slots"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
+  m.def("ceiling_staged", &staged, py::arg("x"), py::arg("slots"), py::arg("rank"),
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace pycoll::bindings

@@ -25,7 +25,8 @@ class PyCommunicator {
     comm_.reset();
   }
 
-  void all_reduce(const at::Tensor& x, const std::optional<at::Tensor>& out, const std::string& op, const std::string& algorithm) {
+  void all_reduce(const at::Tensor& x, const std::optional<at::Tensor>& out, const std::string& op,
+                  const std::string& algorithm) {
     const at::Tensor& result = out ? *out : x;
     check_memory(x, "all_reduce");
     check_writable(result, "all_reduce");
@@ -38,7 +39,8 @@ class PyCommunicator {
   void broadcast(const at::Tensor& x, int root) {
     check_writable(x, "broadcast");
     if (root < 0 || root >= comm_->world()) {
-      throw_usage("broadcast: root " + std::to_string(root) + " is not in a world of " + std::to_string(comm_->world()));
+      throw_usage("broadcast: root " + std::to_string(root) + " is not in a world of " +
+                  std::to_string(comm_->world()));
     }
     const Elements e = elements_to_copy(x);
     run({.collective = Collective::kBroadcast, .dtype = e.dtype, .root = root}, x, x, e.count, /*in_place=*/true);
@@ -57,7 +59,8 @@ class PyCommunicator {
     check_writable(out, "reduce_scatter");
     check_block(out, x, "reduce_scatter", "x");
     const DType dtype = reducible(x, "reduce_scatter");
-    run({.collective = Collective::kReduceScatter, .dtype = dtype, .op = parse_op(op)}, x, out, static_cast<size_t>(x.numel()),
+    run({.collective = Collective::kReduceScatter, .dtype = dtype, .op = parse_op(op)}, x, out,
+        static_cast<size_t>(x.numel()),
         /*in_place=*/false);
   }
 
@@ -90,7 +93,6 @@ class PyCommunicator {
   int rank() const { return comm_->rank(); }
   int world() const { return comm_->world(); }
   size_t footprint() const { return comm_->footprint(); }
-  std::string choose(size_t bytes) const { return name(comm_->choose(bytes)); }
   int channels() const { return comm_->geometry().channels; }
 
  private:
@@ -101,16 +103,17 @@ class PyCommunicator {
 
   static void check_like(const at::Tensor& x, const at::Tensor& out, const char* collective, at::IntArrayRef shape) {
     if (out.scalar_type() != x.scalar_type() || out.sizes() != shape) {
-      throw_usage(c10::str(collective, ": `out` must be ", x.scalar_type(), " of shape ", shape, ", not ", out.scalar_type(), " of shape ",
-                           out.sizes()));
+      throw_usage(c10::str(collective, ": `out` must be ", x.scalar_type(), " of shape ", shape, ", not ",
+                           out.scalar_type(), " of shape ", out.sizes()));
     }
   }
 
   // `whole` holds one `block` a rank.
-  void check_block(const at::Tensor& block, const at::Tensor& whole, const char* collective, const char* whole_name) const {
+  void check_block(const at::Tensor& block, const at::Tensor& whole, const char* collective,
+                   const char* whole_name) const {
     if (whole.scalar_type() != block.scalar_type() || whole.numel() != block.numel() * comm_->world()) {
-      throw_usage(c10::str(collective, ": `", whole_name, "` must hold ", comm_->world(), " blocks of ", block.numel(), " ",
-                           block.scalar_type(), " elements, not ", whole.numel(), " of ", whole.scalar_type()));
+      throw_usage(c10::str(collective, ": `", whole_name, "` must hold ", comm_->world(), " blocks of ", block.numel(),
+                           " ", block.scalar_type(), " elements, not ", whole.numel(), " of ", whole.scalar_type()));
     }
   }
 
@@ -142,7 +145,8 @@ class PyCommunicator {
     const auto* w = static_cast<const char*>(whole.const_data_ptr());
     const bool disjoint = b + block.nbytes() <= w || w + whole.nbytes() <= b;
     if (!disjoint && b != w + comm_->rank() * block.nbytes()) {
-      throw_usage(std::string(collective) + ": the tensors overlap, and the smaller is not this rank's block of the larger");
+      throw_usage(std::string(collective) +
+                  ": the tensors overlap, and the smaller is not this rank's block of the larger");
     }
   }
 
@@ -163,8 +167,8 @@ void bind_communicator(py::module_& m) {
       .def_readwrite("channel_min_bytes", &cpu::Config::channel_min_bytes);
   py::class_<PyCommunicator>(m, "Communicator", "Collectives on torch tensors; see pycoll.Communicator.")
       .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Config&, double>(),
-           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("name"), py::arg("config"), py::arg("timeout"),
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("name"), py::arg("config"),
+           py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
       .def("all_reduce", &PyCommunicator::all_reduce)
       .def("broadcast", &PyCommunicator::broadcast)
       .def("all_gather", &PyCommunicator::all_gather)
@@ -173,7 +177,6 @@ void bind_communicator(py::module_& m) {
       .def("empty", &PyCommunicator::empty)
       .def("close", &PyCommunicator::close)
       .def("abort", &PyCommunicator::abort)
-      .def("choose", &PyCommunicator::choose)
       .def_property_readonly("closed", &PyCommunicator::closed)
       .def_property_readonly("rank", &PyCommunicator::rank)
       .def_property_readonly("world_size", &PyCommunicator::world)

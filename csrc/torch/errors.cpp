@@ -7,7 +7,8 @@ namespace pycoll::bindings {
 namespace {
 
 PyObject* error_class(ErrorKind kind) {
-  static PyObject* const classes = py::module_::import("pycoll.errors").release().ptr();  // lives as long as the process
+  static PyObject* const classes =
+      py::module_::import("pycoll.errors").release().ptr();  // lives as long as the process
   const char* name = "Error";
   switch (kind) {
     case ErrorKind::kMismatch:

@@ -1,4 +1,5 @@
-// cpu::Error on its way to Python: the classes of pycoll/errors.py, also through autograd and through torch's own bindings.
+// cpu::Error on its way to Python: the classes of pycoll/errors.py, also through autograd and through torch's own
+// bindings.
 #pragma once
 
 #include <torch/csrc/Exceptions.h>

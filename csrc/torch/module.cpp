@@ -1,6 +1,4 @@
 // pycoll._C: the extension module.
-#include "torch/modules.h"
-
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -8,6 +6,7 @@
 #include "cpu/os.h"
 #include "cpu/wait.h"
 #include "torch/errors.h"
+#include "torch/modules.h"
 
 namespace pycoll::bindings {
 namespace {

@@ -38,8 +38,9 @@ std::optional<DType> dtype_of(at::ScalarType type) {
 
 DType reducible(const at::Tensor& t, const char* collective) {
   if (const auto dtype = dtype_of(t.scalar_type())) return *dtype;
-  throw_unsupported(std::string(collective) + " cannot reduce " + c10::toString(t.scalar_type()) +
-                    " tensors: float32, float64, bfloat16, float16, int8, int16, int32, int64 and uint8 it can; convert the tensor");
+  throw_unsupported(
+      std::string(collective) + " cannot reduce " + c10::toString(t.scalar_type()) +
+      " tensors: float32, float64, bfloat16, float16, int8, int16, int32, int64 and uint8 it can; convert the tensor");
 }
 
 Elements elements_to_copy(const at::Tensor& t) {
@@ -57,17 +58,21 @@ void check_memory(const at::Tensor& t, const char* collective) {
     throw_unsupported(std::string(collective) + " got a tensor of layout " + c10::str(t.layout()) +
                       ": it needs a strided one; convert it with .to_dense()");
   }
-  if (t.is_conj() || t.is_neg()) throw_unsupported(std::string(collective) + " got a lazily conjugated or negated tensor: call .resolve_conj() or .resolve_neg()");
+  if (t.is_conj() || t.is_neg())
+    throw_unsupported(std::string(collective) +
+                      " got a lazily conjugated or negated tensor: call .resolve_conj() or .resolve_neg()");
 }
 
 void check_writable(const at::Tensor& t, const char* collective) {
   check_memory(t, collective);
   if (at::has_internal_overlap(t) == at::MemOverlap::Yes) {
-    throw_usage(std::string(collective) + " would write to an expanded tensor, in which elements share memory: call .clone() first");
+    throw_usage(std::string(collective) +
+                " would write to an expanded tensor, in which elements share memory: call .clone() first");
   }
   if (t.requires_grad() && at::GradMode::is_enabled()) {
     throw_usage(std::string(collective) +
-                " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), or on x.detach()");
+                " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), or "
+                "on x.detach()");
   }
 }
 

@@ -1,4 +1,5 @@
-// Tensors as the core sees them: a dtype and dense memory; what cannot be seen so is copied, or refused with the reason.
+// Tensors as the core sees them: a dtype and dense memory; what cannot be seen so is copied, or refused with the
+// reason.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -24,7 +25,8 @@ void check_memory(const at::Tensor& t, const char* collective);
 // The same, and that writing to `t` is well defined: no two elements at one address, no gradient behind it.
 void check_writable(const at::Tensor& t, const char* collective);
 
-// Throws UsageError if the two (dense) tensors overlap otherwise than in place; `part` allows that one is a block of the other.
+// Throws UsageError if the two (dense) tensors overlap otherwise than in place; `part` allows that one is a block of
+// the other.
 void check_overlap(const at::Tensor& in, const at::Tensor& out, const char* collective);
 
 // A dense result for `out`: itself where it is dense, else a buffer that finish() copies back.

@@ -54,7 +54,8 @@ void Work::mark_future() {
 }
 
 void Work::abort() {
-  throw_unsupported("a single collective cannot be aborted: abort its group, torch.distributed.destroy_process_group()");
+  throw_unsupported(
+      "a single collective cannot be aborted: abort its group, torch.distributed.destroy_process_group()");
 }
 
 }  // namespace pycoll::bindings

@@ -7,7 +7,8 @@ namespace pycoll::bindings {
 
 class Work : public c10d::Work {
  public:
-  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result) : c10d::Work(rank, type), result_(std::move(result)) {}
+  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result)
+      : c10d::Work(rank, type), result_(std::move(result)) {}
 
   // Ends the work, once: with a failure, or without.
   void complete(std::exception_ptr failure);

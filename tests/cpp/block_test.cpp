@@ -1,5 +1,5 @@
-// The block logic of every algorithm, as a device with several threads a rank runs it: ranks x group threads over plain memory, all world
-// sizes 1 to 8, several calls in a row so that epochs, credits and slots are used again.
+// The block logic of every algorithm, as a device with several threads a rank runs it: ranks x group threads over plain
+// memory, all world sizes 1 to 8, several calls in a row so that epochs, credits and slots are used again.
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -43,7 +43,9 @@ struct World {
   }
 };
 
-int32_t value(int step, int rank, size_t i) { return static_cast<int32_t>((step * 31 + rank * 7 + static_cast<int>(i) * 3) % 1009); }
+int32_t value(int step, int rank, size_t i) {
+  return static_cast<int32_t>((step * 31 + rank * 7 + static_cast<int>(i) * 3) % 1009);
+}
 
 // What rank `rank` must end up with.
 int32_t expected(const Step& s, int step, int world, int rank, size_t i) {
@@ -96,18 +98,27 @@ class Rank {
 
   CallRecord record(const Step& s, int step) const {
     const auto offset = [&](const int32_t* p) {
-      return in_heap_ ? static_cast<uint64_t>(reinterpret_cast<const std::byte*>(p) - table_.heap(table_.rank)) : kNotMapped;
+      return in_heap_ ? static_cast<uint64_t>(reinterpret_cast<const std::byte*>(p) - table_.heap(table_.rank))
+                      : kNotMapped;
     };
-    return {static_cast<uint64_t>(step), s.count, offset(in_), offset(out_), table_.geometry.world - 1, s.collective,
-            DType::kInt32, ReduceOp::kSum, s.algorithm};
+    return {static_cast<uint64_t>(step),
+            s.count,
+            offset(in_),
+            offset(out_),
+            table_.geometry.world - 1,
+            s.collective,
+            DType::kInt32,
+            ReduceOp::kSum,
+            s.algorithm};
   }
 
   void run_step(Exec& exec, const Step& s, int channel, WindowState& state, int step) {
     const int world = table_.geometry.world;
     const CallRecord mine = record(s, step);
     std::vector<CallRecord> records(world);
-    Operation op{reinterpret_cast<std::byte*>(in_), reinterpret_cast<std::byte*>(out_), sizeof(int32_t), table_.rank, world,
-                 cut(mine, table_.geometry, channel, 2)};
+    Operation op{
+        reinterpret_cast<std::byte*>(in_),     reinterpret_cast<std::byte*>(out_), sizeof(int32_t), table_.rank, world,
+        cut(mine, table_.geometry, channel, 2)};
     if (s.collective == Collective::kReduceScatter) op.out += table_.rank * (s.count / world) * sizeof(int32_t);
     Window<Exec> w(exec, op, table_, channel, state, records.data(), mine);
     const auto enter = [&] {

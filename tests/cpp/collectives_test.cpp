@@ -1,5 +1,5 @@
-// Random sequences of collectives over ranks that are threads: every algorithm, staged, symmetric and mixed, in and out of place, on one and on
-// several channels, checked element by element.
+// Random sequences of collectives over ranks that are threads: every algorithm, staged, symmetric and mixed, in and out
+// of place, on one and on several channels, checked element by element.
 #include <random>
 
 #include "check.h"
@@ -25,11 +25,15 @@ Case random_case(std::mt19937& random, int world) {
   constexpr Collective kCollectives[] = {Collective::kAllReduce, Collective::kAllReduce, Collective::kAllGather,
                                          Collective::kReduceScatter, Collective::kBroadcast};
   constexpr size_t kCounts[] = {0, 1, 3, 63, 64, 65, 500, 1000, 5000, 26000};  // the last is 100 times a slot
-  return {kCollectives[random() % 5], static_cast<Algorithm>(random() % 4), kCounts[random() % 10],
-          random() % 2 == 0, static_cast<unsigned>(random()), static_cast<int>(random() % world), static_cast<int>(random() % 1000)};
+  return {kCollectives[random() % 5],       static_cast<Algorithm>(random() % 4),
+          kCounts[random() % 10],           random() % 2 == 0,
+          static_cast<unsigned>(random()),  static_cast<int>(random() % world),
+          static_cast<int>(random() % 1000)};
 }
 
-int64_t value(const Case& c, int rank, size_t i) { return (c.seed ^ (rank * 7919)) + static_cast<int64_t>(i) * 3 % 1000; }
+int64_t value(const Case& c, int rank, size_t i) {
+  return (c.seed ^ (rank * 7919)) + static_cast<int64_t>(i) * 3 % 1000;
+}
 
 int64_t expected(const Case& c, const Communicator& comm, size_t i) {
   if (c.collective == Collective::kBroadcast) return value(c, c.root, i);
@@ -57,7 +61,8 @@ void run_case(Communicator& comm, const Case& c) {
   if (in_place && c.collective == Collective::kAllGather) from += comm.rank() * c.count;
   if (in_place && c.collective == Collective::kReduceScatter) to += comm.rank() * c.count;
   for (size_t i = 0; i < in_count; ++i) from[i] = value(c, comm.rank(), i);
-  Call call{.collective = c.collective, .dtype = DType::kInt64, .root = c.root, .in = from, .out = to, .count = in_count};
+  Call call{
+      .collective = c.collective, .dtype = DType::kInt64, .root = c.root, .in = from, .out = to, .count = in_count};
   if (c.collective == Collective::kAllReduce) call.algorithm = c.algorithm;
   comm.run(call);
   size_t wrong = 0;

@@ -14,7 +14,12 @@ using cpu::ErrorKind;
 namespace {
 
 Call all_reduce(std::vector<float>& x, std::optional<Algorithm> algorithm = {}) {
-  return {.collective = Collective::kAllReduce, .dtype = DType::kFloat32, .algorithm = algorithm, .in = x.data(), .out = x.data(), .count = x.size()};
+  return {.collective = Collective::kAllReduce,
+          .dtype = DType::kFloat32,
+          .algorithm = algorithm,
+          .in = x.data(),
+          .out = x.data(),
+          .count = x.size()};
 }
 
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
@@ -32,12 +37,15 @@ void every_mismatch_is_told_to_every_rank() {
   for (const int world : {2, 3, 5}) {
     for (const auto& deviate : deviations) {
       std::vector<ErrorKind> kinds;
-      const auto errors = run_ranks(world, small_config(), Milliseconds(20000), [&](Communicator& comm) {
-        std::vector<float> x(3000, 1.0f);
-        Call call = all_reduce(x, Algorithm::kOneShot);
-        if (comm.rank() == world - 1) deviate(call);
-        comm.run(call);
-      }, &kinds);
+      const auto errors = run_ranks(
+          world, small_config(), Milliseconds(20000),
+          [&](Communicator& comm) {
+            std::vector<float> x(3000, 1.0f);
+            Call call = all_reduce(x, Algorithm::kOneShot);
+            if (comm.rank() == world - 1) deviate(call);
+            comm.run(call);
+          },
+          &kinds);
       for (int r = 0; r < world; ++r) {
         CHECK(kinds[r] == ErrorKind::kMismatch);
         CHECK(contains(errors[r], "all_reduce(float32[3000], sum, one_shot)"));
@@ -49,30 +57,37 @@ void every_mismatch_is_told_to_every_rank() {
 
 void roots_must_agree() {
   std::vector<ErrorKind> kinds;
-  run_ranks(3, small_config(), Milliseconds(20000), [](Communicator& comm) {
-    char x = 0;
-    comm.run({.collective = Collective::kBroadcast, .root = comm.rank() == 1 ? 1 : 0, .in = &x, .out = &x, .count = 1});
-  }, &kinds);
+  run_ranks(
+      3, small_config(), Milliseconds(20000),
+      [](Communicator& comm) {
+        char x = 0;
+        comm.run(
+            {.collective = Collective::kBroadcast, .root = comm.rank() == 1 ? 1 : 0, .in = &x, .out = &x, .count = 1});
+      },
+      &kinds);
   for (const ErrorKind k : kinds) CHECK(k == ErrorKind::kMismatch);
 }
 
 void a_rank_that_does_not_come_is_named() {
   std::vector<ErrorKind> kinds;
   std::atomic<int> waiting{0};
-  const auto errors = run_ranks(3, small_config(), Milliseconds(300), [&](Communicator& comm) {
-    std::vector<float> x(10, 1.0f);
-    if (comm.rank() == 1) {
-      while (waiting < 2) std::this_thread::yield();  // alive, but does not call
-      return;
-    }
-    try {
-      comm.run(all_reduce(x));
-    } catch (const cpu::Error& e) {
-      ++waiting;
-      CHECK_EQ(e.rank, 1);
-      throw;
-    }
-  }, &kinds);
+  const auto errors = run_ranks(
+      3, small_config(), Milliseconds(300),
+      [&](Communicator& comm) {
+        std::vector<float> x(10, 1.0f);
+        if (comm.rank() == 1) {
+          while (waiting < 2) std::this_thread::yield();  // alive, but does not call
+          return;
+        }
+        try {
+          comm.run(all_reduce(x));
+        } catch (const cpu::Error& e) {
+          ++waiting;
+          CHECK_EQ(e.rank, 1);
+          throw;
+        }
+      },
+      &kinds);
   for (const int r : {0, 2}) {
     CHECK(kinds[r] == ErrorKind::kTimeout);
     CHECK(contains(errors[r], "rank 1"));
@@ -92,11 +107,14 @@ void a_rank_that_never_attaches_is_named() {
 
 void a_rank_that_leaves_is_named() {
   std::vector<ErrorKind> kinds;
-  const auto errors = run_ranks(3, small_config(), Milliseconds(20000), [&](Communicator& comm) {
-    std::vector<float> x(10, 1.0f);
-    comm.run(all_reduce(x));
-    if (comm.rank() != 2) comm.run(all_reduce(x));
-  }, &kinds);
+  const auto errors = run_ranks(
+      3, small_config(), Milliseconds(20000),
+      [&](Communicator& comm) {
+        std::vector<float> x(10, 1.0f);
+        comm.run(all_reduce(x));
+        if (comm.rank() != 2) comm.run(all_reduce(x));
+      },
+      &kinds);
   CHECK_EQ(errors[2], std::string());
   for (const int r : {0, 1}) {
     CHECK(kinds[r] == ErrorKind::kPeerLost);
@@ -108,7 +126,8 @@ void leaving_after_the_last_call_harms_nobody() {
   for (int i = 0; i < 20; ++i) {
     const auto errors = run_ranks(4, small_config(2), Milliseconds(20000), [&](Communicator& comm) {
       std::vector<float> x(4000, 1.0f);
-      for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kTwoShot, Algorithm::kRing, Algorithm::kTree}) comm.run(all_reduce(x, a));
+      for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kTwoShot, Algorithm::kRing, Algorithm::kTree})
+        comm.run(all_reduce(x, a));
       CHECK_EQ(x[3999], 256.0f);
     });
     for (const std::string& e : errors) CHECK_EQ(e, std::string());

@@ -1,10 +1,10 @@
-// Several host threads that stand in for a thread block: the executor that runs a device's block logic (leader waits, strided loops, vector tails)
-// under ThreadSanitizer. It proves index and flag logic, not warps, PTX or memory scopes.
+// Several host threads that stand in for a thread block: the executor that runs a device's block logic (leader waits,
+// strided loops, vector tails) under ThreadSanitizer. It proves index and flag logic, not warps, PTX or memory scopes.
 #pragma once
 
 #include <atomic>
-#include <thread>
 #include <barrier>
+#include <thread>
 #include <vector>
 
 #include "core/atomic.h"
