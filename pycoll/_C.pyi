@@ -25,8 +25,6 @@ class Config:
 
 class Communicator:
     closed: bool
-    rank: int
-    world_size: int
     channels: int
     footprint: int
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pycoll import _C, tuning
-from pycoll.errors import UnsupportedError, UsageError
+from pycoll.errors import Error, UnsupportedError, UsageError
 from pycoll.tuning import Config, GiB
 
 if TYPE_CHECKING:
@@ -41,12 +41,14 @@ def native_config(config: Config, world_size: int) -> _C.Config:
     if heap is None:
         heap = min(_C.physical_memory(), 64 * GiB, 1024 * GiB // world_size)
     one_shot = config.one_shot_max_bytes
+    if one_shot is None:
+        one_shot = tuning.one_shot_max_bytes(world_size)
     native.channels = _checked("channels", config.channels, 0, 64)
     native.slot_bytes = _checked("slot_bytes", config.slot_bytes, 64, GiB)
     native.link_bytes = _checked("link_bytes", config.link_bytes, 64, GiB)
     native.link_slots = _checked("link_slots", config.link_slots, 2, 64)
     native.heap_bytes = _checked("heap_bytes", heap, 0, 1 << 46)
-    native.one_shot_max_bytes = tuning.one_shot_max_bytes(world_size) if one_shot is None else one_shot
+    native.one_shot_max_bytes = _checked("one_shot_max_bytes", one_shot, 0, 1 << 46)
     native.channel_min_bytes = _checked("channel_min_bytes", config.channel_min_bytes, 1, 1 << 46)
     return native
 
@@ -195,12 +197,14 @@ class Communicator:
             Error: the heap is full (Config.heap_bytes), or the machine has no memory.
         """
         sizes = [shape] if isinstance(shape, int) else list(shape)
-        if math.prod(sizes) < 0 or any(n < 0 for n in sizes):
+        if any(n < 0 for n in sizes):
             raise UsageError(f"pycoll: empty() needs sizes of zero or more, not {tuple(sizes)}")
+        if math.prod(sizes) >= 1 << 46:
+            raise Error(f"pycoll: the shared heap has no room for a tensor of shape {tuple(sizes)}")
         return self._impl.empty(sizes, dtype)
 
     def footprint(self) -> int:
-        """Bytes of memory this rank has given: staging and links, and tensors from `empty()`."""
+        """Bytes of memory this rank has given: staging and links, and tensors from `empty()`; 0 once closed."""
         return self._impl.footprint
 
     @property
@@ -264,7 +268,7 @@ def _store_from_env(timeout: float | timedelta) -> tuple[dist.Store, int, int]:
     for rank_key, world_key, job_keys in _LAUNCHERS:
         if rank_key not in os.environ or world_key not in os.environ:
             continue
-        rank, world_size = int(os.environ[rank_key]), int(os.environ[world_key])
+        rank, world_size = _count_from_env(rank_key), _count_from_env(world_key)
         if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
             return store, rank, world_size
@@ -277,6 +281,12 @@ def _store_from_env(timeout: float | timedelta) -> tuple[dist.Store, int, int]:
         "pycoll: the environment names no rank: start with torchrun, mpirun or srun, "
         "or give a store, rank and world size"
     )
+
+
+def _count_from_env(name: str) -> int:
+    if not os.environ[name].isdecimal():
+        raise UsageError(f"pycoll: the environment variable {name} must be a count, not {os.environ[name]!r}")
+    return int(os.environ[name])
 
 
 def _file_store(job_keys: Sequence[str], world_size: int) -> dist.Store:
