@@ -204,7 +204,7 @@ class Communicator:
         return self._impl.empty(sizes, dtype)
 
     def footprint(self) -> int:
-        """Bytes of memory this rank has given: staging and links, and tensors from `empty()`; 0 once closed."""
+        """Bytes of memory this rank has given: staging and links until closed, and tensors from `empty()`."""
         return self._impl.footprint
 
     @property

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "algorithms/cut.h"
@@ -50,7 +51,8 @@ std::string mismatch_text(const std::vector<CallRecord>& records) {
 }  // namespace
 
 struct Communicator::Impl {
-  std::shared_ptr<Attachment> attachment;
+  std::shared_ptr<Attachment> attachment;  // none once closed; used in a call of the queue, or under `mapped`
+  std::mutex mapped;
   std::shared_ptr<Heap> heap;
   PeerTable table;
   Watch watch;
@@ -81,13 +83,12 @@ struct Communicator::Impl {
   int world() const { return table.geometry.world; }
   bool forked() const { return generation != fork_generation(); }
 
-  void check_usable() const {
+  void check_open() const {
     if (forked()) {
       throw Error(ErrorKind::kError,
                   "pycoll: this communicator belongs to the parent process: after fork, create a new one in the child");
     }
     if (closed) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
-    watch.throw_if_failed();
   }
 
   Algorithm choose(size_t bytes) const {
@@ -114,7 +115,7 @@ struct Communicator::Impl {
   }
 
   void execute(const Call& call, bool in_caller) {
-    check_usable();
+    watch.throw_if_failed();
     const CallRecord mine = record_of(call);
     ++sequence;
     if (world() == 1) return alone(call, mine);
@@ -250,10 +251,7 @@ struct Communicator::Impl {
 
   void close() {
     if (queue.inside()) {  // a signal handler or a callback: end the call; who owns the communicator closes it later
-      (void)watch.fail(Error(ErrorKind::kError,
-                             "pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective",
-                             rank()));
-      return;
+      return abort("pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective");
     }
     const std::lock_guard guard(closing);
     if (closed) return;
@@ -261,6 +259,13 @@ struct Communicator::Impl {
     lanes.stop();
     closed = true;
     store_release(attachment->control(rank()).departed, uint32_t{1});
+    const std::lock_guard no_user(mapped);
+    attachment = nullptr;
+  }
+
+  void abort(const std::string& why) {
+    const std::lock_guard user(mapped);
+    if (attachment) (void)watch.fail(Error(ErrorKind::kError, why, rank()));
   }
 };
 
@@ -283,23 +288,40 @@ Communicator::~Communicator() {
     return;
   }
   impl_->close();
+  if (impl_->queue.inside()) std::thread([impl = std::move(impl_)] { impl->close(); }).detach();
 }
 
 void Communicator::run(const Call& call) {
-  impl_->check_usable();
+  impl_->check_open();
   if (impl_->queue.inside()) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: a collective was called from within another, by a signal handler or a callback");
   }
-  const auto interrupt = [this] {
-    if (const std::exception_ptr failure = impl_->guarded(check_interrupt)) std::rethrow_exception(failure);
+  Impl* impl = impl_.get();
+  const auto interrupt = [impl] {
+    try {
+      check_interrupt();
+    } catch (...) {
+      impl->abort("pycoll: rank " + std::to_string(impl->rank()) + " was interrupted in a collective");
+      throw;
+    }
   };
-  impl_->queue.run([this, call](bool in_caller) { impl_->execute(call, in_caller); }, interrupt);
+  impl->queue.run([impl, call](bool in_caller) { impl->execute(call, in_caller); }, interrupt);
 }
 
-void Communicator::enqueue(const Call& call, std::function<void(std::exception_ptr)> done) {
-  impl_->check_usable();
-  impl_->queue.enqueue([this, call](bool in_caller) { impl_->execute(call, in_caller); }, std::move(done));
+void Communicator::enqueue(const Call& call, std::function<void()> before,
+                           std::function<void(std::exception_ptr)> done) {
+  Impl* impl = impl_.get();
+  impl->check_open();
+  {
+    const std::lock_guard user(impl->mapped);
+    if (impl->attachment) impl->watch.throw_if_failed();  // now, rather than when somebody waits
+  }
+  const auto turn = [impl, call, before = std::move(before)](bool in_caller) {
+    if (const std::exception_ptr failure = impl->guarded(before)) std::rethrow_exception(failure);
+    impl->execute(call, in_caller);
+  };
+  impl->queue.enqueue(turn, std::move(done));
 }
 
 void Communicator::close() {
@@ -307,11 +329,14 @@ void Communicator::close() {
 }
 
 void Communicator::abort(const std::string& why) {
-  if (!impl_->forked()) (void)impl_->watch.fail(Error(ErrorKind::kError, why, rank()));
+  if (!impl_->forked()) impl_->abort(why);
 }
 
 std::shared_ptr<void> Communicator::allocate(size_t bytes) {
-  impl_->check_usable();
+  impl_->check_open();
+  const std::lock_guard user(impl_->mapped);
+  if (!impl_->attachment) impl_->check_open();  // closed meanwhile
+  impl_->watch.throw_if_failed();
   std::byte* block = impl_->heap->allocate(bytes);
   return {block, [heap = impl_->heap, keep = impl_->attachment, generation = impl_->generation](void* p) {
             if (generation == fork_generation()) heap->free(static_cast<std::byte*>(p));
@@ -322,7 +347,9 @@ int Communicator::rank() const { return impl_->rank(); }
 int Communicator::world() const { return impl_->world(); }
 bool Communicator::closed() const { return impl_->closed; }
 const Geometry& Communicator::geometry() const { return impl_->table.geometry; }
-size_t Communicator::footprint() const { return impl_->table.geometry.scratch_bytes() + impl_->heap->used(); }
+size_t Communicator::footprint() const {
+  return (impl_->closed ? 0 : impl_->table.geometry.scratch_bytes()) + impl_->heap->used();
+}
 std::chrono::milliseconds Communicator::timeout() const { return impl_->watch.timeout(); }
 void Communicator::set_timeout(std::chrono::milliseconds timeout) { impl_->watch.set_timeout(timeout); }
 

@@ -36,10 +36,11 @@ class Communicator {
 
   // Blocks until done. Errors of the collective are terminal for the communicator, kUsage errors are not.
   void run(const Call& call);
-  // Returns at once; `done` is called in a thread of the communicator's when the call has ended.
-  void enqueue(const Call& call, std::function<void(std::exception_ptr)> done);
+  // Returns at once. When it is the call's turn a thread of the communicator's calls `before`, runs it, and calls `done`.
+  void enqueue(const Call& call, std::function<void()> before, std::function<void(std::exception_ptr)> done);
 
-  // Ends what is queued, tells the peers, gives everything back. Idempotent. Tensors in the heap stay valid.
+  // Ends what is queued, tells the peers, gives everything back. Idempotent. Only tensors in the heap, while there are
+  // any, keep the memory mapped.
   void close();
   // Makes running and later calls fail on all ranks, with this text.
   void abort(const std::string& why);
@@ -52,7 +53,7 @@ class Communicator {
   int world() const;
   bool closed() const;
   const Geometry& geometry() const;
-  size_t footprint() const;  // bytes of memory this rank has given: scratch and user tensors in the heap
+  size_t footprint() const;  // bytes of memory this rank has given: scratch until closed, and user tensors in the heap
   std::chrono::milliseconds timeout() const;
   void set_timeout(std::chrono::milliseconds timeout);
 

@@ -2,6 +2,7 @@
 
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <mutex>
 #include <set>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -42,10 +43,6 @@ const T& only(const std::vector<T>& list, const char* collective) {
   return list[0];
 }
 
-}  // namespace
-
-namespace {
-
 struct Alive {
   std::mutex lock;
   std::set<Backend*> backends;
@@ -57,13 +54,64 @@ Alive& alive() {
 
 }  // namespace
 
-// A call with all it needs until it has ended.
-struct Backend::Job {
+// A call with the memory it reads and writes, and what its future brings.
+struct Job {
   cpu::Call call;
-  std::vector<at::Tensor> keep;  // what the call reads and writes
-  std::function<void()> after;   // then, in the thread that ran it
+  std::vector<Dense> reads, writes;
   std::vector<at::Tensor> result;
+
+  bool copies() const {
+    const auto is_copy = [](const Dense& d) { return d.is_copy(); };
+    return std::any_of(reads.begin(), reads.end(), is_copy) || std::any_of(writes.begin(), writes.end(), is_copy);
+  }
 };
+
+namespace {
+
+// Tensors of the size of `like` as the rows of `whole`.
+std::vector<Dense> rows_for(const std::vector<at::Tensor>& blocks, const at::Tensor& whole, const at::Tensor& like,
+                            const char* collective) {
+  if (static_cast<int64_t>(blocks.size()) != whole.size(0)) {
+    throw_usage(std::string(collective) + " needs a list of " + std::to_string(whole.size(0)) + " tensors, not of " +
+                std::to_string(blocks.size()));
+  }
+  std::vector<Dense> dense;
+  for (size_t r = 0; r < blocks.size(); ++r) {
+    check_writable(blocks[r], collective);
+    if (blocks[r].scalar_type() != like.scalar_type()) {
+      throw_usage(std::string(collective) + ": input and output tensors must have one dtype");
+    }
+    if (blocks[r].numel() != like.numel()) {
+      throw_unsupported(std::string(collective) + " of tensors of different sizes is not there yet");
+    }
+    dense.emplace_back(blocks[r], whole[static_cast<int64_t>(r)].view(blocks[r].sizes()));
+  }
+  return dense;
+}
+
+Job all_gather_job(const Dense& in, const at::Tensor& whole, const std::vector<Dense>& writes,
+                   const std::vector<at::Tensor>& result) {
+  const Elements e = elements_to_copy(in.memory());
+  const cpu::Call call{.collective = Collective::kAllGather,
+                       .dtype = e.dtype,
+                       .in = in.memory().const_data_ptr(),
+                       .out = whole.mutable_data_ptr(),
+                       .count = e.count};
+  return {call, {in}, writes, result};
+}
+
+Job reduce_scatter_job(const std::vector<Dense>& reads, const at::Tensor& whole, const Dense& out,
+                       const c10d::ReduceOp& op) {
+  const cpu::Call call{.collective = Collective::kReduceScatter,
+                       .dtype = reducible(whole, "reduce_scatter"),
+                       .op = op_of(op),
+                       .in = whole.const_data_ptr(),
+                       .out = out.memory().mutable_data_ptr(),
+                       .count = static_cast<size_t>(whole.numel())};
+  return {call, reads, {out}, {out.tensor()}};
+}
+
+}  // namespace
 
 Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Config& config,
                  std::chrono::milliseconds timeout)
@@ -94,21 +142,28 @@ Backend::Work Backend::submit(c10d::OpType type, Job job, bool async) {
   ++calls_;
   auto work = c10::make_intrusive<bindings::Work>(getRank(), type, job.result);
   try {
-    if (!async) {
+    if (!async && !job.copies()) {
       comm_->run(job.call);
-      if (job.after) job.after();
       work->complete(nullptr);
       return work;
     }
     const cpu::Call call = job.call;
-    comm_->enqueue(call, [work, job = std::move(job)](std::exception_ptr failure) {
+    const auto shared = std::make_shared<const Job>(std::move(job));
+    const auto before = [shared] {
+      for (const Dense& d : shared->reads) d.load();
+    };
+    const auto after = [work, shared](std::exception_ptr failure) {
       try {
-        if (!failure && job.after) job.after();
+        for (const Dense& d : shared->writes) {
+          if (!failure) d.store();
+        }
       } catch (...) {
         failure = std::current_exception();
       }
       work->complete(failure);
-    });
+    };
+    comm_->enqueue(call, before, after);
+    if (!async) work->wait(kNoTimeout);
   } catch (const Error& e) {
     throw PyError(e);
   }
@@ -117,23 +172,23 @@ Backend::Work Backend::submit(c10d::OpType type, Job job, bool async) {
 
 Backend::Work Backend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
   const at::Tensor& x = only(tensors, "all_reduce");
-  check_memory(x, "all_reduce");
-  const Output out(x, /*keep_content=*/true);
-  void* data = out.dense().mutable_data_ptr();
+  check_writable(x, "all_reduce");
+  const Dense dense(x);
+  void* data = dense.memory().mutable_data_ptr();
   const cpu::Call call{.collective = Collective::kAllReduce,
                        .dtype = reducible(x, "all_reduce"),
                        .op = op_of(options.reduceOp),
                        .in = data,
                        .out = data,
                        .count = static_cast<size_t>(x.numel())};
-  return submit(c10d::OpType::ALLREDUCE, {call, {out.dense()}, [out] { out.finish(); }, tensors}, options.asyncOp);
+  return submit(c10d::OpType::ALLREDUCE, {call, {dense}, {dense}, tensors}, options.asyncOp);
 }
 
 Backend::Work Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
   const at::Tensor& x = only(tensors, "broadcast");
-  check_memory(x, "broadcast");
-  const Output out(x, /*keep_content=*/true);
-  void* data = out.dense().mutable_data_ptr();
+  check_writable(x, "broadcast");
+  const Dense dense(x);
+  void* data = dense.memory().mutable_data_ptr();
   const Elements e = elements_to_copy(x);
   const cpu::Call call{.collective = Collective::kBroadcast,
                        .dtype = e.dtype,
@@ -141,97 +196,57 @@ Backend::Work Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptions&
                        .in = data,
                        .out = data,
                        .count = e.count};
-  return submit(c10d::OpType::BROADCAST, {call, {out.dense()}, [out] { out.finish(); }, tensors}, options.asyncOp);
+  return submit(c10d::OpType::BROADCAST, {call, {dense}, {dense}, tensors}, options.asyncOp);
 }
 
 Backend::Work Backend::allgather(TensorLists& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) {
-  const at::Tensor x = only(inputs, "all_gather").contiguous();
-  const std::vector<at::Tensor> blocks = only(outputs, "all_gather");
+  const at::Tensor& x = only(inputs, "all_gather");
+  const Tensors& blocks = only(outputs, "all_gather");
   check_memory(x, "all_gather");
-  if (blocks.size() != static_cast<size_t>(getSize())) {
-    throw_usage("all_gather needs a list of " + std::to_string(getSize()) + " tensors, not of " +
-                std::to_string(blocks.size()));
-  }
-  for (const at::Tensor& block : blocks) {
-    check_memory(block, "all_gather");
-    if (block.scalar_type() != x.scalar_type())
-      throw_usage("all_gather: the output tensors must have the input's dtype");
-    if (block.numel() != x.numel()) throw_unsupported("all_gather into tensors of different sizes is not there yet");
-  }
-  const at::Tensor whole = at::empty({static_cast<int64_t>(blocks.size()), x.numel()}, x.options());
-  const Elements e = elements_to_copy(x);
-  const cpu::Call call{.collective = Collective::kAllGather,
-                       .dtype = e.dtype,
-                       .in = x.const_data_ptr(),
-                       .out = whole.mutable_data_ptr(),
-                       .count = e.count};
-  const auto spread = [whole, blocks] {
-    const at::NoGradGuard no_grad;
-    for (size_t r = 0; r < blocks.size(); ++r) blocks[r].copy_(whole[static_cast<int64_t>(r)].view_as(blocks[r]));
-  };
-  return submit(c10d::OpType::ALLGATHER, {call, {x, whole}, spread, blocks}, options.asyncOp);
+  const at::Tensor whole = at::empty({getSize(), x.numel()}, x.options());
+  const std::vector<Dense> spread = rows_for(blocks, whole, x, "all_gather");
+  return submit(c10d::OpType::ALLGATHER, all_gather_job(Dense(x), whole, spread, blocks), options.asyncOp);
 }
 
 Backend::Work Backend::_allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) {
   check_memory(input, "all_gather_into_tensor");
-  check_memory(output, "all_gather_into_tensor");
+  check_writable(output, "all_gather_into_tensor");
   if (output.numel() != input.numel() * getSize() || output.scalar_type() != input.scalar_type()) {
     throw_usage(c10::str("all_gather_into_tensor: the output must hold ", getSize(), " inputs of ", input.numel(), " ",
                          input.scalar_type(), " elements"));
   }
-  const at::Tensor x = input.contiguous();
-  const Output out(output, /*keep_content=*/false);
-  const Elements e = elements_to_copy(x);
-  const cpu::Call call{.collective = Collective::kAllGather,
-                       .dtype = e.dtype,
-                       .in = x.const_data_ptr(),
-                       .out = out.dense().mutable_data_ptr(),
-                       .count = e.count};
-  return submit(c10d::OpType::_ALLGATHER_BASE, {call, {x, out.dense()}, [out] { out.finish(); }, {output}},
-                options.asyncOp);
+  const Dense in(input), out(output);
+  check_overlap(in.memory(), out.memory(), getRank(), "all_gather_into_tensor");
+  return submit(c10d::OpType::_ALLGATHER_BASE, all_gather_job(in, out.memory(), {out}, {output}), options.asyncOp);
 }
 
 Backend::Work Backend::reduce_scatter(Tensors& outputs, TensorLists& inputs,
                                       const c10d::ReduceScatterOptions& options) {
-  at::Tensor output = only(outputs, "reduce_scatter");
-  const std::vector<at::Tensor>& blocks = only(inputs, "reduce_scatter");
-  if (blocks.size() != static_cast<size_t>(getSize())) {
-    throw_usage("reduce_scatter needs a list of " + std::to_string(getSize()) + " tensors, not of " +
-                std::to_string(blocks.size()));
-  }
-  std::vector<at::Tensor> flat;
-  for (const at::Tensor& block : blocks) {
-    check_memory(block, "reduce_scatter");
-    if (block.numel() != output.numel())
-      throw_unsupported("reduce_scatter of tensors of different sizes is not there yet");
-    flat.push_back(block.reshape({-1}));
-  }
-  at::Tensor whole = at::cat(flat);
-  return _reduce_scatter_base(output, whole, options);
+  const at::Tensor& output = only(outputs, "reduce_scatter");
+  const Tensors& blocks = only(inputs, "reduce_scatter");
+  check_writable(output, "reduce_scatter");
+  const at::Tensor whole = at::empty({getSize(), output.numel()}, output.options());
+  const std::vector<Dense> reads = rows_for(blocks, whole, output, "reduce_scatter");
+  return submit(c10d::OpType::REDUCE_SCATTER, reduce_scatter_job(reads, whole, Dense(output), options.reduceOp),
+                options.asyncOp);
 }
 
 Backend::Work Backend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                             const c10d::ReduceScatterOptions& options) {
   check_memory(input, "reduce_scatter_tensor");
-  check_memory(output, "reduce_scatter_tensor");
+  check_writable(output, "reduce_scatter_tensor");
   if (input.numel() != output.numel() * getSize() || output.scalar_type() != input.scalar_type()) {
     throw_usage(c10::str("reduce_scatter_tensor: the input must hold ", getSize(), " outputs of ", output.numel(), " ",
                          output.scalar_type(), " elements"));
   }
-  const at::Tensor x = input.contiguous();
-  const Output out(output, /*keep_content=*/false);
-  const cpu::Call call{.collective = Collective::kReduceScatter,
-                       .dtype = reducible(x, "reduce_scatter"),
-                       .op = op_of(options.reduceOp),
-                       .in = x.const_data_ptr(),
-                       .out = out.dense().mutable_data_ptr(),
-                       .count = static_cast<size_t>(x.numel())};
-  return submit(c10d::OpType::_REDUCE_SCATTER_BASE, {call, {x, out.dense()}, [out] { out.finish(); }, {output}},
+  const Dense in(input), out(output);
+  check_overlap(in.memory(), out.memory(), getRank(), "reduce_scatter_tensor");
+  return submit(c10d::OpType::_REDUCE_SCATTER_BASE, reduce_scatter_job({in}, in.memory(), out, options.reduceOp),
                 options.asyncOp);
 }
 
 Backend::Work Backend::barrier(const c10d::BarrierOptions& options) {
-  return submit(c10d::OpType::BARRIER, {{.collective = Collective::kBarrier}, {}, nullptr, {}}, options.asyncOp);
+  return submit(c10d::OpType::BARRIER, {{.collective = Collective::kBarrier}, {}, {}, {}}, options.asyncOp);
 }
 
 namespace {

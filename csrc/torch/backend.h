@@ -8,6 +8,8 @@
 
 namespace pycoll::bindings {
 
+struct Job;  // a call, and what it needs until it has ended
+
 class Backend : public c10d::Backend {
  public:
   using Work = c10::intrusive_ptr<c10d::Work>;
@@ -56,7 +58,6 @@ class Backend : public c10d::Backend {
   cpu::Communicator& communicator() { return *comm_; }
 
  private:
-  struct Job;
   Work submit(c10d::OpType type, Job job, bool async);
 
   std::unique_ptr<cpu::Communicator> comm_;

@@ -15,10 +15,9 @@ namespace {
 class PyCommunicator {
  public:
   PyCommunicator(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& name,
-                 const cpu::Config& config, double timeout_seconds)
-      : rank_(rank), world_(world) {
+                 const cpu::Config& config, double timeout_seconds) {
     TorchStore keys(store, name);
-    comm_ = std::make_shared<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds));
+    comm_ = std::make_unique<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds));
   }
 
   ~PyCommunicator() {
@@ -39,8 +38,9 @@ class PyCommunicator {
 
   void broadcast(const at::Tensor& x, int root) {
     check_writable(x, "broadcast");
-    if (root < 0 || root >= world_) {
-      throw_usage("broadcast: root " + std::to_string(root) + " is not in a world of " + std::to_string(world_));
+    if (root < 0 || root >= comm_->world()) {
+      throw_usage("broadcast: root " + std::to_string(root) + " is not in a world of " +
+                  std::to_string(comm_->world()));
     }
     const Elements e = elements_to_copy(x);
     run({.collective = Collective::kBroadcast, .dtype = e.dtype, .root = root}, x, x, e.count, /*in_place=*/true);
@@ -65,9 +65,8 @@ class PyCommunicator {
   }
 
   void barrier() {
-    const Shared comm = use();
     const py::gil_scoped_release no_gil;
-    comm->run({.collective = Collective::kBarrier});
+    comm_->run({.collective = Collective::kBarrier});
   }
 
   at::Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
@@ -77,44 +76,24 @@ class PyCommunicator {
       count *= n;
     }
     const auto options = at::TensorOptions().dtype(dtype);
-    const Shared comm = use();
     std::shared_ptr<void> block;
     {
       const py::gil_scoped_release no_gil;
-      block = comm->allocate(static_cast<size_t>(count) * options.dtype().itemsize());
+      block = comm_->allocate(static_cast<size_t>(count) * options.dtype().itemsize());
     }
     return at::from_blob(block.get(), shape, [block](void*) {}, options);
   }
 
   void close() {
-    Shared comm = comm_;
-    if (!comm) return;
-    const bool mine = [&] {
-      const py::gil_scoped_release no_gil;
-      comm->close();
-      return comm->closed();  // not from within a collective, by a signal handler
-    }();
-    if (mine) comm_.reset();
     const py::gil_scoped_release no_gil;
-    comm.reset();
+    comm_->close();
   }
-
-  void abort(const std::string& why) {
-    if (comm_) comm_->abort(why);
-  }
-  bool closed() const { return !comm_ || comm_->closed(); }
-  size_t footprint() const { return comm_ ? comm_->footprint() : 0; }
-  int channels() const { return use()->geometry().channels; }
+  void abort(const std::string& why) { comm_->abort(why); }
+  bool closed() const { return comm_->closed(); }
+  size_t footprint() const { return comm_->footprint(); }
+  int channels() const { return comm_->geometry().channels; }
 
  private:
-  using Shared = std::shared_ptr<cpu::Communicator>;
-
-  // Under the GIL; the copy keeps it while another thread closes.
-  Shared use() const {
-    if (!comm_) throw cpu::Error(cpu::ErrorKind::kError, "pycoll: the communicator is closed");
-    return comm_;
-  }
-
   static std::chrono::milliseconds milliseconds(double seconds) {
     if (!(seconds > 0)) throw_usage("timeout must be positive, in seconds");
     return std::chrono::milliseconds(static_cast<int64_t>(std::min(seconds, 1e9) * 1000));
@@ -130,48 +109,34 @@ class PyCommunicator {
   // `whole` holds one `block` a rank.
   void check_block(const at::Tensor& block, const at::Tensor& whole, const char* collective,
                    const char* whole_name) const {
-    if (whole.scalar_type() != block.scalar_type() || whole.numel() != block.numel() * world_) {
-      throw_usage(c10::str(collective, ": `", whole_name, "` must hold ", world_, " blocks of ", block.numel(),
+    if (whole.scalar_type() != block.scalar_type() || whole.numel() != block.numel() * comm_->world()) {
+      throw_usage(c10::str(collective, ": `", whole_name, "` must hold ", comm_->world(), " blocks of ", block.numel(),
                            " ", block.scalar_type(), " elements, not ", whole.numel(), " of ", whole.scalar_type()));
     }
   }
 
   void run(cpu::Call call, const at::Tensor& in, const at::Tensor& out, size_t count, bool in_place) {
-    const Output result(out, /*keep_content=*/in_place);
-    const at::Tensor dense = in_place ? result.dense() : in.contiguous();
-    const bool same_size = dense.nbytes() == result.dense().nbytes();
-    if (same_size) {
-      check_overlap(dense, result.dense(), name(call.collective));
-    } else {
-      check_own_block(dense, result.dense(), name(call.collective));
+    if (out.requires_grad() && at::GradMode::is_enabled()) {
+      throw_usage(std::string(name(call.collective)) +
+                  " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), or "
+                  "on x.detach()");
     }
-    call.in = dense.const_data_ptr();
-    call.out = result.dense().mutable_data_ptr();
+    const Dense result(out), given(in);
+    const Dense& from = in_place ? result : given;
+    check_overlap(from.memory(), result.memory(), comm_->rank(), name(call.collective));
+    call.in = from.memory().const_data_ptr();
+    call.out = result.memory().mutable_data_ptr();
     call.count = count;
-    const Shared comm = use();
     {
       const py::gil_scoped_release no_gil;
-      comm->run(call);
-      result.finish();
+      from.load();
+      comm_->run(call);
+      result.store();
     }
     if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();  // autograd must know of the write
   }
 
-  // all_gather and reduce_scatter in place: the smaller tensor is this rank's block of the larger.
-  void check_own_block(const at::Tensor& in, const at::Tensor& out, const char* collective) const {
-    const at::Tensor& block = in.nbytes() < out.nbytes() ? in : out;
-    const at::Tensor& whole = in.nbytes() < out.nbytes() ? out : in;
-    const auto* b = static_cast<const char*>(block.const_data_ptr());
-    const auto* w = static_cast<const char*>(whole.const_data_ptr());
-    const bool disjoint = b + block.nbytes() <= w || w + whole.nbytes() <= b;
-    if (!disjoint && b != w + rank_ * block.nbytes()) {
-      throw_usage(std::string(collective) +
-                  ": the tensors overlap, and the smaller is not this rank's block of the larger");
-    }
-  }
-
-  const int rank_, world_;
-  Shared comm_;  // none once closed: an object that is kept holds no memory
+  std::unique_ptr<cpu::Communicator> comm_;
 };
 
 }  // namespace

@@ -69,30 +69,24 @@ void check_writable(const at::Tensor& t, const char* collective) {
     throw_usage(std::string(collective) +
                 " would write to an expanded tensor, in which elements share memory: call .clone() first");
   }
-  if (t.requires_grad() && at::GradMode::is_enabled()) {
-    throw_usage(std::string(collective) +
-                " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), or "
-                "on x.detach()");
-  }
 }
 
-void check_overlap(const at::Tensor& in, const at::Tensor& out, const char* collective) {
-  const auto* a = static_cast<const char*>(in.const_data_ptr());
-  const auto* b = static_cast<const char*>(out.const_data_ptr());
-  const bool disjoint = a + in.nbytes() <= b || b + out.nbytes() <= a;
-  if (!disjoint && !(a == b && in.nbytes() == out.nbytes())) {
-    throw_usage(std::string(collective) + ": `out` overlaps the input: give the same tensor or a separate one");
-  }
+void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const char* collective) {
+  const at::Tensor& part = in.nbytes() < out.nbytes() ? in : out;
+  const at::Tensor& whole = in.nbytes() < out.nbytes() ? out : in;
+  const auto* p = static_cast<const char*>(part.const_data_ptr());
+  const auto* w = static_cast<const char*>(whole.const_data_ptr());
+  const bool disjoint = p + part.nbytes() <= w || w + whole.nbytes() <= p;
+  if (disjoint || p == w + (part.nbytes() < whole.nbytes() ? rank * part.nbytes() : 0)) return;
+  throw_usage(std::string(collective) +
+              ": the input and the output overlap: give separate tensors, or for in place the same one, or where sizes "
+              "differ this rank's block of the larger");
 }
 
-Output::Output(const at::Tensor& out, bool keep_content) : out_(out), dense_(out) {
-  if (!out.is_contiguous()) dense_ = keep_content ? out.contiguous() : at::empty(out.sizes(), out.options());
-}
-
-void Output::finish() const {
-  if (dense_.is_same(out_)) return;
+void Dense::copy(const at::Tensor& to, const at::Tensor& from) {
+  if (to.is_same(from)) return;
   const at::NoGradGuard no_grad;  // the values are communicated, not computed
-  out_.copy_(dense_);
+  to.copy_(from);
 }
 
 ReduceOp parse_op(const std::string& op) {

@@ -22,22 +22,27 @@ Elements elements_to_copy(const at::Tensor& t);
 
 // Throws UnsupportedError unless `t` is a strided CPU tensor.
 void check_memory(const at::Tensor& t, const char* collective);
-// The same, and that writing to `t` is well defined: no two elements at one address, no gradient behind it.
+// The same, and that writing to `t` is well defined: no two elements at one address.
 void check_writable(const at::Tensor& t, const char* collective);
 
-// Throws UsageError if the two (dense) tensors overlap otherwise than in place; `part` allows that one is a block of
-// the other.
-void check_overlap(const at::Tensor& in, const at::Tensor& out, const char* collective);
+// Throws UsageError if the two (dense) tensors overlap, but for in place: one is the other, or rank `rank`'s block of it.
+void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const char* collective);
 
-// A dense result for `out`: itself where it is dense, else a buffer that finish() copies back.
-class Output {
+// Dense memory for a tensor: its own, or a copy, which load() fills from the tensor and store() writes back. Copying is
+// part of the collective: it waits for its turn, since earlier ones may still write to the tensor.
+class Dense {
  public:
-  explicit Output(const at::Tensor& out, bool keep_content);
-  const at::Tensor& dense() const { return dense_; }
-  void finish() const;
+  explicit Dense(const at::Tensor& t) : Dense(t, t.is_contiguous() ? t : at::empty(t.sizes(), t.options())) {}
+  Dense(const at::Tensor& t, const at::Tensor& memory) : tensor_(t), memory_(memory) {}
+  const at::Tensor& tensor() const { return tensor_; }
+  const at::Tensor& memory() const { return memory_; }
+  bool is_copy() const { return !memory_.is_same(tensor_); }
+  void load() const { copy(memory_, tensor_); }
+  void store() const { copy(tensor_, memory_); }
 
  private:
-  at::Tensor out_, dense_;
+  static void copy(const at::Tensor& to, const at::Tensor& from);
+  at::Tensor tensor_, memory_;
 };
 
 ReduceOp parse_op(const std::string& op);

@@ -159,11 +159,13 @@ void queued_calls_keep_their_order() {
     std::atomic<int> done{0};
     for (auto& x : queued) {
       const int turn = static_cast<int>(&x - queued.data());
-      comm.enqueue(all_reduce(x), [&done, turn](std::exception_ptr failure) {
-        CHECK(!failure);
-        CHECK_EQ(done.load(), turn);
-        ++done;
-      });
+      comm.enqueue(
+          all_reduce(x), [] {},
+          [&done, turn](std::exception_ptr failure) {
+            CHECK(!failure);
+            CHECK_EQ(done.load(), turn);
+            ++done;
+          });
     }
     std::vector<float> last(100, 2.0f);
     comm.run(all_reduce(last));  // behind all of them
@@ -178,7 +180,8 @@ void closing_drains_the_queue() {
   std::atomic<int> done{0};
   const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [&](Communicator& comm) {
     std::vector<float> x(50000, 1.0f);
-    for (int i = 0; i < 5; ++i) comm.enqueue(all_reduce(x), [&](std::exception_ptr failure) { done += !failure; });
+    for (int i = 0; i < 5; ++i)
+      comm.enqueue(all_reduce(x), [] {}, [&](std::exception_ptr failure) { done += !failure; });
     comm.close();
     comm.close();
     CHECK_EQ(x[49999], 32.0f);
@@ -191,6 +194,74 @@ void closing_drains_the_queue() {
   });
   CHECK_EQ(done.load(), 10);
   for (const std::string& e : errors) CHECK_EQ(e, std::string());
+}
+
+void a_closed_communicator_holds_no_memory_but_tensors() {
+  const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [](Communicator& comm) {
+    const size_t scratch = comm.footprint();
+    std::shared_ptr<void> tensor = comm.allocate(1000);
+    CHECK(scratch > 0 && comm.footprint() >= scratch + 1000);
+    comm.run({.collective = Collective::kBarrier});
+    comm.close();
+    std::memset(tensor.get(), 1, 1000);
+    CHECK(comm.footprint() >= 1000 && comm.footprint() < scratch);
+    comm.abort("too late to matter");
+    try {
+      (void)comm.allocate(1);
+      CHECK(false);
+    } catch (const cpu::Error& e) {
+      CHECK(contains(e.what(), "closed"));
+    }
+  });
+  for (const std::string& e : errors) CHECK_EQ(e, std::string());
+}
+
+// One thread of rank 0 calls for ever while another aborts and closes, at any moment.
+void closing_beside_calls() {
+  for (int i = 0; i < 20; ++i) {
+    const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [&](Communicator& comm) {
+      std::thread closer;
+      if (comm.rank() == 0) {
+        closer = std::thread([&comm, i] {
+          std::this_thread::sleep_for(std::chrono::microseconds(100 * i));
+          if (i % 2 == 0) comm.abort("enough");
+          comm.close();
+        });
+      }
+      std::vector<float> x(1000, 1.0f);
+      try {
+        for (;;) comm.run(all_reduce(x));
+      } catch (const cpu::Error&) {
+        if (closer.joinable()) closer.join();
+        throw;
+      }
+    });
+    CHECK(contains(errors[0], i % 2 == 0 ? "" : "closed"));
+    CHECK(contains(errors[1], i % 2 == 0 ? "enough" : "rank 0"));
+  }
+}
+
+// As when a future's callback drops the last reference to a process group.
+void a_callback_may_destroy_the_communicator() {
+  MapStore store;
+  std::vector<std::thread> threads;
+  std::atomic<int> done{0};
+  for (int r = 0; r < 2; ++r) {
+    threads.emplace_back([&, r] {
+      auto comm = std::make_shared<Communicator>(store, r, 2, small_config(), Milliseconds(20000));
+      Communicator& c = *comm;
+      auto x = std::make_shared<std::vector<float>>(100, 1.0f);
+      c.enqueue(
+          all_reduce(*x), [] {},
+          [x, &done, comm = std::move(comm)](std::exception_ptr failure) mutable {
+            CHECK(!failure);
+            comm = nullptr;
+            ++done;
+          });
+    });
+  }
+  for (std::thread& t : threads) t.join();
+  while (done < 2) std::this_thread::yield();
 }
 
 void worlds_must_agree() {
@@ -224,6 +295,9 @@ int main() {
   an_abort_reaches_all_and_is_terminal();
   queued_calls_keep_their_order();
   closing_drains_the_queue();
+  a_closed_communicator_holds_no_memory_but_tensors();
+  closing_beside_calls();
+  a_callback_may_destroy_the_communicator();
   worlds_must_agree();
   return check::report();
 }
