@@ -251,7 +251,7 @@ struct Communicator::Impl {
 
   void close() {
     if (queue.inside()) {  // a signal handler or a callback: end the call; who owns the communicator closes it later
-      return abort("pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective");
+      return give_up("pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective");
     }
     const std::lock_guard guard(closing);
     if (closed) return;
@@ -263,7 +263,7 @@ struct Communicator::Impl {
     attachment = nullptr;
   }
 
-  void abort(const std::string& why) {
+  void give_up(const std::string& why) {
     const std::lock_guard user(mapped);
     if (attachment) (void)watch.fail(Error(ErrorKind::kError, why, rank()));
   }
@@ -302,7 +302,7 @@ void Communicator::run(const Call& call) {
     try {
       check_interrupt();
     } catch (...) {
-      impl->abort("pycoll: rank " + std::to_string(impl->rank()) + " was interrupted in a collective");
+      impl->give_up("pycoll: rank " + std::to_string(impl->rank()) + " was interrupted in a collective");
       throw;
     }
   };
@@ -329,7 +329,7 @@ void Communicator::close() {
 }
 
 void Communicator::abort(const std::string& why) {
-  if (!impl_->forked()) impl_->abort(why);
+  if (!impl_->forked()) impl_->give_up(why);
 }
 
 std::shared_ptr<void> Communicator::allocate(size_t bytes) {

@@ -78,9 +78,10 @@ void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const 
   const auto* w = static_cast<const char*>(whole.const_data_ptr());
   const bool disjoint = p + part.nbytes() <= w || w + whole.nbytes() <= p;
   if (disjoint || p == w + (part.nbytes() < whole.nbytes() ? rank * part.nbytes() : 0)) return;
-  throw_usage(std::string(collective) +
-              ": the input and the output overlap: give separate tensors, or for in place the same one, or where sizes "
-              "differ this rank's block of the larger");
+  throw_usage(
+      std::string(collective) +
+      ": `out` overlaps the input: give the same tensor, or a separate one (where sizes differ also this rank's "
+      "block of the larger)");
 }
 
 void Dense::copy(const at::Tensor& to, const at::Tensor& from) {
