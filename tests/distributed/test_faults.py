@@ -339,6 +339,75 @@ def test_a_killed_rank_is_lost(memory: str) -> None:
             assert ranks.exit_code(r, HANG) == 0
 
 
+def _calls_while_one_is_late(rank: Rank) -> tuple[str, str, int | None]:
+    comm = rank.communicator()
+    comm.barrier()
+    rank.say("ready")
+    if rank.rank != 0:
+        rank.listen()
+    return outcome(lambda: comm.all_reduce(torch.ones(3)))
+
+
+def test_a_killed_rank_is_lost_though_another_is_late() -> None:
+    """Who waits for several ranks watches all of them, not the first alone."""
+    with Processes(_calls_while_one_is_late, 3) as ranks:
+        assert [ranks.hear(r) for r in range(3)] == ["ready"] * 3
+        until_asleep(ranks.pid(0))
+        ranks.kill(2)
+        assert ranks.result(0, HANG)[0::2] == ("PeerLostError", 2)
+        ranks.tell(1, "come")
+        assert ranks.result(1, HANG)[0::2] == ("PeerLostError", 2)
+
+
+def _many_groups(rank: Rank) -> list[tuple[str, str, int | None]]:
+    comms = [rank.communicator(name=f"group {i}") for i in range(4)]
+    rank.say("ready")
+    rank.listen()
+    return [outcome(lambda c=c: c.all_reduce(torch.ones(3))) for c in comms for _ in range(2)]
+
+
+def test_every_watcher_learns_of_a_death_every_time() -> None:
+    """A death is told to one watcher by the kernel, once; the others, and later looks, must see it as well."""
+    with Processes(_many_groups, 4) as ranks:
+        assert [ranks.hear(r) for r in range(4)] == ["ready"] * 4
+        ranks.kill(1)
+        for r in (0, 2, 3):
+            ranks.tell(r, "go")
+        for r in (0, 2, 3):
+            assert [seen[0::2] for seen in ranks.result(r, HANG)] == [("PeerLostError", 1)] * 8
+
+
+def _root_gives_up(rank: Rank) -> str:
+    comm = rank.communicator(timeout=0.2 if rank.rank == 0 else 50.0, config=pycoll.Config(heap_bytes=300 * MIB))
+    x = comm.empty(64 * MIB).fill_(1.0 if rank.rank == 0 else 0.0)
+    comm.barrier()
+    rank.say("going")
+    kind, _, _ = outcome(lambda: comm.broadcast(x))
+    if kind == "no error":
+        assert bool((x == 1).all()), "success was returned with somebody else's data"
+    elif rank.rank == 0:
+        x.fill_(2.0)  # a rank that failed may use its tensors again
+        rank.say("used")
+        rank.listen()  # its tensor stays mapped
+    return kind
+
+
+@pytest.mark.parametrize("stop_after", (0.001, 0.005, 0.01, 0.02, 0.03))
+def test_success_is_not_returned_once_a_peer_has_given_up(stop_after: float) -> None:
+    """A rank is stopped while it reads the root's tensor, and goes on when the root has timed out and reused it."""
+    with Processes(_root_gives_up, 2) as ranks:
+        assert [ranks.hear(r) for r in range(2)] == ["going"] * 2
+        time.sleep(stop_after)
+        ranks.kill(1, signal.SIGSTOP)
+        time.sleep(0.5)
+        ranks.kill(1, signal.SIGCONT)
+        other = ranks.result(1, HANG)
+        if other != "no error":
+            assert ranks.hear(0) == "used"
+            ranks.tell(0, "enough")
+            assert ranks.result(0, HANG) == "TimeoutError" and other in ("TimeoutError", "PeerLostError")
+
+
 def _has_a_child(rank: Rank) -> tuple[str, str, int | None]:
     comm = rank.communicator()
     comm.barrier()
