@@ -639,6 +639,41 @@ def test_interrupt_during_a_wait(where: str) -> None:
         assert [ranks.exit_code(r, HANG) for r in range(2)] == [0, 0]
 
 
+def _handler_calls_back(rank: Rank, what: str) -> tuple[str, str]:
+    comm = rank.communicator()
+    comm.barrier()
+    if rank.rank == 1:
+        rank.listen()
+        with contextlib.suppress(pycoll.Error):
+            comm.all_reduce(torch.ones(3))  # rank 0 had done its part of it
+        return outcome(comm.barrier)[:2]
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: {"call": comm.barrier, "close": comm.close}[what]())
+    rank.say("waiting")
+    try:
+        comm.all_reduce(torch.ones(3))
+    except pycoll.Error as e:
+        return type(e).__name__, str(e)
+    finally:
+        comm.close()
+    return "no error", ""
+
+
+@pytest.mark.parametrize("what", ("call", "close"))
+def test_signal_handler_that_uses_the_waiting_communicator(what: str) -> None:
+    """It ends the wait with an error; it neither waits for itself nor pulls the memory from under the call."""
+    with Processes(_handler_calls_back, 2, what) as ranks:
+        ranks.hear(0)
+        until_asleep(ranks.pid(0))
+        ranks.kill(0, signal.SIGUSR1)
+        kind, text = ranks.result(0, HANG)
+        if what == "call":
+            assert kind == "UsageError" and "from within another" in text
+        else:
+            assert kind == "Error" and "closed the communicator within a collective" in text
+        ranks.tell(1, "come")
+        assert ranks.result(1, HANG)[0] in ("Error", "PeerLostError")
+
+
 # ---- the end of the interpreter ----
 
 EXITS = {
