@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +83,16 @@ class Rank:
         if not self.connection.poll(timeout):
             raise TimeoutError(f"rank {self.rank} was told nothing in {timeout} s")
         return self.connection.recv()
+
+    def init_process_group(self, name: str = "group", *, timeout: float = 60.0) -> None:
+        """torch.distributed's default group of all ranks, over pycoll; they meet in the file `name`."""
+        dist.init_process_group(
+            "pycoll",
+            init_method=f"file://{self.folder / name}",
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=timeout),
+        )
 
     def communicator(self, *, timeout: float = 60.0, config: Config = SMALL, name: str = "ranks") -> Communicator:
         """A communicator of all ranks, which meet in `folder`; see `pycoll.Communicator`."""

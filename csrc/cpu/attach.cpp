@@ -32,6 +32,22 @@ struct Push {  // one message, together with two descriptors: segment and livene
   int32_t sender;
 };
 
+// It as sendmsg and recvmsg take it, with room for the descriptors.
+struct Parcel {
+  Push message{};
+  iovec data{&message, sizeof(message)};
+  alignas(cmsghdr) char room[CMSG_SPACE(2 * sizeof(int))] = {};
+  msghdr header{};
+
+  Parcel() {
+    header.msg_iov = &data;
+    header.msg_iovlen = 1;
+    header.msg_control = room;
+    header.msg_controllen = sizeof(room);
+  }
+  Parcel(const Parcel&) = delete;
+};
+
 template <class T>
 std::string to_bytes(const T& value) {
   return {reinterpret_cast<const char*>(&value), sizeof(T)};
@@ -212,23 +228,16 @@ class Attach {
     socklen_t length = 0;
     const sockaddr_un address = address_of(token, length);
     if (connect(s.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) return false;
-    Push message{};
-    std::memcpy(message.token, token, sizeof(message.token));
-    message.sender = rank_;
-    iovec data{&message, sizeof(message)};
-    alignas(cmsghdr) char room[CMSG_SPACE(2 * sizeof(int))] = {};
-    msghdr header{};
-    header.msg_iov = &data;
-    header.msg_iovlen = 1;
-    header.msg_control = room;
-    header.msg_controllen = sizeof(room);
-    cmsghdr* rights = CMSG_FIRSTHDR(&header);
+    Parcel parcel;
+    std::memcpy(parcel.message.token, token, sizeof(parcel.message.token));
+    parcel.message.sender = rank_;
+    cmsghdr* rights = CMSG_FIRSTHDR(&parcel.header);
     rights->cmsg_level = SOL_SOCKET;
     rights->cmsg_type = SCM_RIGHTS;
     rights->cmsg_len = CMSG_LEN(2 * sizeof(int));
     const int fds[2] = {segment_.get(), liveness_fd_};
     std::memcpy(CMSG_DATA(rights), fds, sizeof(fds));
-    return sendmsg(s.get(), &header, MSG_NOSIGNAL) == sizeof(message);
+    return sendmsg(s.get(), &parcel.header, MSG_NOSIGNAL) == sizeof(Push);
   }
 
   void hear_others() {
@@ -263,23 +272,17 @@ class Attach {
     setsockopt(s.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
     getsockopt(s.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &length);
     if (credentials.uid != geteuid()) return 0;
-    Push message{};
-    iovec data{&message, sizeof(message)};
-    alignas(cmsghdr) char room[CMSG_SPACE(2 * sizeof(int))] = {};
-    msghdr header{};
-    header.msg_iov = &data;
-    header.msg_iovlen = 1;
-    header.msg_control = room;
-    header.msg_controllen = sizeof(room);
-    const ssize_t got = recvmsg(s.get(), &header, MSG_CMSG_CLOEXEC);
-    const cmsghdr* rights = got > 0 ? CMSG_FIRSTHDR(&header) : nullptr;
+    Parcel parcel;
+    const ssize_t got = recvmsg(s.get(), &parcel.header, MSG_CMSG_CLOEXEC);
+    const cmsghdr* rights = got > 0 ? CMSG_FIRSTHDR(&parcel.header) : nullptr;
     if (rights == nullptr || rights->cmsg_type != SCM_RIGHTS || rights->cmsg_len != CMSG_LEN(2 * sizeof(int))) return 0;
     int fds[2];
     std::memcpy(fds, CMSG_DATA(rights), sizeof(fds));
     const Fd segment(fds[0]), liveness(fds[1]);
-    const int r = message.sender;
-    const bool expected = got == sizeof(message) && std::memcmp(message.token, mine_.token, sizeof(mine_.token)) == 0 &&
-                          r >= 0 && r < world_ && r != rank_ && a.segments[r].data() == nullptr;
+    const int r = parcel.message.sender;
+    const bool expected = got == sizeof(Push) &&
+                          std::memcmp(parcel.message.token, mine_.token, sizeof(mine_.token)) == 0 && r >= 0 &&
+                          r < world_ && r != rank_ && a.segments[r].data() == nullptr;
     if (!expected) return 0;
     a.segments[r] = Mapping(segment.get(), a.geometry.segment_bytes());
     prefault(a.segments[r].data(), a.geometry.scratch_bytes());

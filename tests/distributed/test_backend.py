@@ -34,19 +34,8 @@ OPS = {
 }
 
 
-def init(rank: Rank, name: str = "group", timeout: float = 60.0) -> None:
-    """The default group of all ranks, which meet in a file."""
-    dist.init_process_group(
-        "pycoll",
-        init_method=f"file://{rank.folder / name}",
-        rank=rank.rank,
-        world_size=rank.world_size,
-        timeout=timedelta(seconds=timeout),
-    )
-
-
 def _in_group(rank: Rank, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    init(rank)
+    rank.init_process_group()
     assert dist.get_backend() == "pycoll"
     result = fn(rank, *args)
     dist.destroy_process_group()
@@ -261,7 +250,7 @@ def test_groups_cost_no_threads() -> None:
 
 def _again(rank: Rank) -> None:
     for i in range(4):
-        init(rank, f"group {i}")
+        rank.init_process_group(f"group {i}")
         x = torch.ones(1000)
         work = dist.all_reduce(x, async_op=True)
         work.wait()
@@ -279,7 +268,7 @@ def test_destroy_and_init_again() -> None:
 
 def _twice(rank: Rank) -> None:
     with pytest.raises(ValueError, match="default process group twice"):
-        init(rank, "second")
+        rank.init_process_group("second")
     x = torch.ones(2)
     dist.all_reduce(x)
     assert x.tolist() == [2.0, 2.0]

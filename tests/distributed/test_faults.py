@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +38,6 @@ def outcome(call: Callable[[], Any]) -> tuple[str, str, int | None]:
     except pycoll.Error as e:
         return type(e).__name__, str(e), e.rank
     return "no error", "", None
-
-
-def init(rank: Rank, name: str = "group", timeout: float = 60.0) -> None:
-    """The default group of all ranks, which meet in a file."""
-    dist.init_process_group(
-        "pycoll",
-        init_method=f"file://{rank.folder / name}",
-        rank=rank.rank,
-        world_size=rank.world_size,
-        timeout=timedelta(seconds=timeout),
-    )
 
 
 def until_asleep(pid: int) -> None:
@@ -127,11 +115,11 @@ def _mismatch_in_group(rank: Rank) -> list[tuple[str, str, int | None]]:
 
     results = []
     for i, call in enumerate((lambda: dist.all_reduce(torch.ones(3 + rank.rank)), async_all_reduce)):
-        init(rank, f"group {i}")
+        rank.init_process_group(f"group {i}")
         results.append(outcome(call))
         results.append(outcome(dist.barrier))
         dist.destroy_process_group()
-    init(rank, "future")
+    rank.init_process_group("future")
     with pytest.raises(RuntimeError, match="ranks make different calls"):  # futures carry the text, not the class
         wait_for_future()
     dist.destroy_process_group()
@@ -461,7 +449,7 @@ def test_a_rank_that_died_after_its_part_is_not_missed() -> None:
 
 
 def _dies_in_group(rank: Rank) -> tuple[tuple[str, str, int | None], list[str]]:
-    init(rank)
+    rank.init_process_group()
     dist.barrier()
     if rank.rank == 1:
         rank.listen()
@@ -517,7 +505,7 @@ def in_child(check: Callable[[], None]) -> None:
 
 def _forks(rank: Rank) -> float:
     comm = rank.communicator()
-    init(rank)
+    rank.init_process_group()
     shared, x = comm.empty(1000).fill_(1), torch.ones(1000)
     holder = [comm]
 
@@ -555,7 +543,7 @@ def test_fork() -> None:
 
 
 def _forks_while_working(rank: Rank) -> None:
-    init(rank)
+    rank.init_process_group()
     x = torch.zeros(MIB)
     works = [dist.all_reduce(x, async_op=True) for _ in range(60)]
     for _ in range(5):
@@ -575,11 +563,12 @@ def test_fork_while_work_is_in_flight() -> None:
 
 def _interrupted(rank: Rank, where: str) -> str:
     """Rank 0 waits for rank 1, which comes only when it is told. What the second call after that gives."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits it ignored
     comm = None
     if where in ("all_reduce", "large all_reduce"):
         comm = rank.communicator()
     elif where != "creation":
-        init(rank)
+        rank.init_process_group()
         dist.barrier()
     work = None
     x = torch.ones(3 if where == "all_reduce" else 8 * MIB)
@@ -752,7 +741,7 @@ def _cycles(rank: Rank, kind: str, count: int) -> dict[str, tuple[int, int]]:
                 comm.all_reduce(comm.empty(100).zero_())
                 comm.all_reduce(torch.ones(100))
         else:
-            init(rank, f"group {i}")
+            rank.init_process_group(f"group {i}")
             dist.all_reduce(torch.ones(100), async_op=True).wait()
             dist.destroy_process_group()
 
