@@ -6,7 +6,7 @@ import mmap
 import os
 
 DESCRIPTORS_VARIABLE = "PYCOLL_BENCH_DESCRIPTORS"
-SLOT_BYTES = 2**20  # of each rank, before its tensor
+SLOT_BYTES = 2**19  # of each rank, before its tensor
 
 
 def create(world_size: int, largest: int) -> list[int]:

@@ -94,7 +94,7 @@ class Rank:
         operation, dtype = self._prepared[key]
         call = operation.call
         values.fill_ones(operation.buffer, dtype)
-        for _ in repeat(None, calls // 10):
+        for _ in repeat(None, 1 + calls // 10):
             call()
         self.sync()
         gc.disable()

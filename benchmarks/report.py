@@ -91,6 +91,16 @@ class Report:
             values["algbw"], values["busbw"] = row.algbw, row.algbw * self.busbw_factor()
         return json.dumps(content, indent=1)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """What to_json() has written."""
+        content = json.loads(text)
+        rows = [
+            Row(**{f.name: row[f.name] for f in dataclasses.fields(Row)} | {"timing": Timing(**row["timing"])})
+            for row in content.pop("rows")
+        ]
+        return cls(**content, rows=rows)
+
 
 def format_seconds(seconds: float) -> str:
     """`seconds` in us, with three digits or more."""

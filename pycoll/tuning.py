@@ -24,7 +24,7 @@ class Config:
     """
 
     channels: int = 0
-    slot_bytes: int = 1 * MiB
+    slot_bytes: int = 512 * KiB
     link_bytes: int = 128 * KiB
     link_slots: int = 4
     heap_bytes: int | None = None
@@ -34,10 +34,10 @@ class Config:
 
 # World size up to -> largest tensor that one-shot takes (bytes). Each rank reads all slots, so the more ranks, the
 # sooner two-shot wins.
-ONE_SHOT_MAX_BYTES = {2: 256 * KiB, 4: 64 * KiB, 8: 32 * KiB}
+ONE_SHOT_MAX_BYTES = {4: 32 * KiB, 8: 16 * KiB}
 
 
 def one_shot_max_bytes(world_size: int) -> int:
     """Where `auto` switches from one-shot to two-shot, in bytes."""
     fitting = [limit for ranks, limit in ONE_SHOT_MAX_BYTES.items() if world_size <= ranks]
-    return fitting[0] if fitting else 16 * KiB
+    return fitting[0] if fitting else 8 * KiB

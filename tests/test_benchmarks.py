@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pycoll.benchmarks import all_reduce, bars, ceiling_ranks, mpi, plot, ranks, report, timing, values
+from pycoll.benchmarks import all_reduce, bars, ceiling_ranks, mpi, plot, ranks, report, summary, timing, values
 from pycoll.benchmarks.driver import Contest
 from pycoll.benchmarks.groups import GroupFailed, Launch, RankGroup
 
+ROOT = Path(__file__).parent.parent
 KIB, MIB = 2**10, 2**20
 MACHINE = {"cpu": "a CPU", "cores": 2, "kernel": "6.1", "date": "2026-01-02T03:04:05"}
 
@@ -142,6 +144,7 @@ def test_bandwidths() -> None:
     gloo = found.select(size=4 * MIB, who="Gloo")[0]
     assert gloo.algbw == pytest.approx(20e9 / 13)
     content = json.loads(found.to_json())
+    assert report.Report.from_json(found.to_json()) == found
     assert content["rows"][2]["busbw"] == pytest.approx(found.rows[2].algbw)  # 2 (n - 1) / n is 1 for two ranks
     found.world_size = 4
     assert json.loads(found.to_json())["rows"][2]["busbw"] == pytest.approx(1.5 * found.rows[2].algbw)
@@ -247,3 +250,13 @@ def test_a_small_run(tmp_path: Path) -> None:
         assert (measured["error"] is None) == (measured["who"] == report.CEILING)
     assert found["machine"]["cores"] > 0 and found["facts"]["pycoll"]["footprint"] > 0
     assert (tmp_path / "all_reduce-2-ranks-float32.png").stat().st_size > 10_000
+
+
+def test_readme_shows_committed_results() -> None:
+    """Its table is what benchmarks/summary.py makes of the run that it names."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- results: (.+) -->\n(.*)<!-- end of results -->", readme, re.DOTALL)
+    assert found is not None
+    shown = report.Report.from_json((ROOT / found[1]).read_text(encoding="utf-8"))
+    assert found[2] == summary.markdown(shown)
+    assert (ROOT / found[1]).with_suffix(".png").exists()

@@ -38,10 +38,10 @@ class Store {
 struct Config {
   int channels = 0;  // 0: as many as its share of the cores, at most 4
   int link_slots = 4;
-  size_t slot_bytes = size_t{1} << 20;
+  size_t slot_bytes = size_t{512} << 10;
   size_t link_bytes = size_t{128} << 10;
   size_t heap_bytes = 0;
-  size_t one_shot_max_bytes = size_t{64} << 10;  // `auto` takes one-shot to here, two-shot above
+  size_t one_shot_max_bytes = size_t{32} << 10;  // `auto` takes one-shot to here, two-shot above
   size_t channel_min_bytes = size_t{512} << 10;  // a channel more for so many bytes of the tensor
 };
 
