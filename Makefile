@@ -32,6 +32,7 @@ $(STAMP): $(INPUTS)
 	@test -x $(PY) || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo '$(PYTHON) cannot make a virtual \
 	environment with pip in it: install that part of Python (Debian, Ubuntu: apt install python3-venv), or name an \
 	environment that is there with VENV=DIR' >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pycoll needs Python 3.10 or newer: name one with PYTHON=, $(PYTHON) is " + sys.version)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pycoll needs Python 3.10 or newer, $(PY) is " + sys.version)'
 	@$(PY) -m pip --version >/dev/null || { echo '$(VENV) has no pip: $(PY) -m ensurepip' >&2; exit 1; }
@@ -61,7 +62,7 @@ format: $(STAMP)  ## lay the sources out as lint wants them
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 bench: $(STAMP)  ## time pycoll beside Gloo, MPI and the machine's ceiling
-	$(VENV)/bin/pycoll bench $(or $(ARGS),all-reduce)
+	$(VENV)/bin/pycoll bench all-reduce $(ARGS)
 
 cuda-check:  ## compile the kernels for sm_80 to sm_120, where there is nvcc; no GPU needed
 	@$(PYTHON) build_support/pycoll_cuda.py

@@ -1,6 +1,6 @@
 """The method of timing that all benchmarks share: which sizes, how many calls and samples, which statistics.
 
-A *sample* is a number of calls one after another, enough to last a millisecond or more (one call, where it is long by
+A *sample* is a number of calls one after another, enough to last 2 ms or more (one call, where it is long by
 itself), timed on every rank; the sample's value is the slowest rank's time a call, because a collective is done when
 its last rank has the result. Contenders take turns: every round takes one sample of each, in rotating order, so that
 whatever else the machine does hits all alike. The time reported is the median over rounds.

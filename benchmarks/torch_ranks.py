@@ -77,15 +77,10 @@ def pycoll_rank(store: dist.Store, rank: int, world_size: int) -> ranks.Rank:
     comm = pycoll.Communicator(store, rank, world_size)
     footprint = comm.footprint()
     dist.init_process_group("pycoll", store=store, rank=rank, world_size=world_size)
-    backend = _cpu_backend()
 
     @shared
     def symmetric(count: int, dtype: str) -> Tensor:
         return comm.empty(count, getattr(torch, dtype))
-
-    @shared
-    def backend_memory(count: int, dtype: str) -> Tensor:
-        return backend.allocate_tensor(count, dtype=getattr(torch, dtype), device=torch.device("cpu"))
 
     contenders: dict[ranks.Key, ranks.Factory] = {}
     for memory, allocate in (("private", private), ("symmetric", symmetric)):
@@ -93,8 +88,6 @@ def pycoll_rank(store: dist.Store, rank: int, world_size: int) -> ranks.Rank:
             call = comm.all_reduce if algorithm == "auto" else partial(comm.all_reduce, algorithm=algorithm)
             contenders["pycoll", algorithm, memory, "native"] = _factory(allocate, call)
     contenders["pycoll", "auto", "private", "torch.distributed"] = _factory(private, dist.all_reduce)
-    if backend.supports_tensor_alloc(torch.device("cpu")):
-        contenders["pycoll", "auto", "symmetric", "torch.distributed"] = _factory(backend_memory, dist.all_reduce)
     return ranks.Rank(rank, world_size, contenders, comm.barrier, lambda: {**pycoll.info(), "footprint": footprint})
 
 

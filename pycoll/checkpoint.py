@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pycoll.errors import UsageError
+from pycoll.errors import Error, UsageError
 
 FORMAT = "pycoll-checkpoint-1"
 KEPT = 2
@@ -44,23 +44,30 @@ class Header:
 
 
 def save(folder: Path, header: Header, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Writes `folder`/checkpoint-STEP.safetensors, drops the oldest beyond KEPT, and returns the new file's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes `folder`/checkpoint-STEP.safetensors, drops the oldest beyond KEPT, and returns the new file's path.
+
+    Raises Error where it cannot be written: a full disk, a folder that is read-only.
+    """
     path = folder / f"checkpoint-{header.step:08d}.safetensors"
     unfinished = folder / "checkpoint.unfinished"  # One name: what a killed process left is overwritten.
     metadata = {"format": FORMAT, "header": json.dumps(asdict(header))}
-    save_file(_tensors(model, optimizer), unfinished, metadata)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())  # The name must not reach the disk before the content.
-    unfinished.replace(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_tensors(model, optimizer), unfinished, metadata)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # The name must not reach the disk before the content.
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise Error(f"{path} cannot be written ({error}): the run ends; its earlier checkpoints are whole") from error
     for old in list_checkpoints(folder)[:-KEPT]:
         old.unlink()
     return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, by ascending step."""
-    return sorted(folder.glob("checkpoint-*.safetensors"))
+    """The checkpoints in `folder` that runs wrote (a copy under another name is the user's), by ascending step."""
+    named = (path for path in folder.glob("checkpoint-*.safetensors") if path.stem[len("checkpoint-") :].isdecimal())
+    return sorted(named, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -87,7 +94,9 @@ def read_header(path: Path) -> Header:
             raise CheckpointError(f"{path} is not a checkpoint of `pycoll train` (format {metadata.get('format')})")
         return Header(**json.loads(metadata["header"]))
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): resume from an earlier checkpoint of the run") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint ({error}): resume from an earlier checkpoint of the run"
+        ) from error
 
 
 def require_model(path: Path, header: Header, model: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import math
+import operator
 import os
 import tempfile
 import weakref
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 Op = Literal["sum", "avg", "min", "max", "product"]
 Algorithm = Literal["auto", "one_shot", "two_shot", "ring", "tree"]
 Array = TypeVar("Array", Tensor, "NDArray[np.generic]")
+
+LONGEST = 1e9
+"""Seconds that stand for ever: what clocks and torch's stores can still add up."""
 
 _alive: weakref.WeakSet[Communicator] = weakref.WeakSet()
 _names = itertools.count()  # communicators are created in the same order on all ranks
@@ -97,7 +101,7 @@ class Communicator:
             config: memory and switch points; the ranks' minimum is used.
             name: tells communicators on one store apart; by default they are counted, in order of creation.
         """
-        self.timeout = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        self.timeout = _seconds(timeout)
         if world_size < 1 or not 0 <= rank < world_size:
             raise UsageError(f"pycoll: rank {rank} is not in a world of {world_size}")
         native = native_config(config or Config(), world_size)
@@ -113,7 +117,7 @@ class Communicator:
         Raises:
             UsageError: the environment names no rank.
         """
-        store, rank, world_size = _store_from_env(timeout)
+        store, rank, world_size = _store_from_env(_seconds(timeout))
         return cls(store, rank, world_size, timeout=timeout, config=config)
 
     def all_reduce(self, x: Array, op: Op = "sum", *, out: Array | None = None, algorithm: Algorithm = "auto") -> Array:
@@ -196,7 +200,7 @@ class Communicator:
         Raises:
             Error: the heap is full (Config.heap_bytes), or the machine has no memory.
         """
-        sizes = [shape] if isinstance(shape, int) else list(shape)
+        sizes = [operator.index(n) for n in shape] if isinstance(shape, Sequence) else [operator.index(shape)]
         if any(n < 0 for n in sizes):
             raise UsageError(f"pycoll: empty() needs sizes of zero or more, not {tuple(sizes)}")
         if math.prod(sizes) >= 1 << 46:
@@ -248,7 +252,8 @@ def _tensor(x: Tensor | NDArray[np.generic]) -> Tensor:
     try:
         return torch.from_numpy(x)
     except (TypeError, ValueError) as e:
-        raise UnsupportedError(f"pycoll cannot use this NumPy array ({e}); pass numpy.ascontiguousarray(x)") from e
+        advice = "pass a contiguous copy in native byte order, such as numpy.ascontiguousarray(x, dtype=numpy.float32)"
+        raise UnsupportedError(f"pycoll cannot use a NumPy array of {x.dtype} ({e}): {advice}") from e
 
 
 def _like(x: Array, result: Tensor) -> Array:
@@ -263,15 +268,20 @@ _LAUNCHERS = (  # variables that hold rank, world size and (parts of) a name of 
 )
 
 
-def _store_from_env(timeout: float | timedelta) -> tuple[dist.Store, int, int]:
-    patience = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+def _seconds(timeout: float | timedelta) -> float:
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    if not seconds > 0:
+        raise UsageError(f"pycoll: the timeout must be positive, in seconds, not {timeout}")
+    return min(seconds, LONGEST)
+
+
+def _store_from_env(timeout: float) -> tuple[dist.Store, int, int]:
     for rank_key, world_key, job_keys in _LAUNCHERS:
         if rank_key not in os.environ or world_key not in os.environ:
             continue
         rank, world_size = _count_from_env(rank_key), _count_from_env(world_key)
         if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
-            return store, rank, world_size
+            return _rendezvous_store(rank, world_size, timeout), rank, world_size
         if rank_key == "RANK":
             raise UsageError(
                 "pycoll: RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: start with torchrun"
@@ -289,11 +299,29 @@ def _count_from_env(name: str) -> int:
     return int(os.environ[name])
 
 
+_rendezvous_stores: dict[tuple[str, str, int, int], dist.Store] = {}
+
+
+def _rendezvous_store(rank: int, world_size: int, timeout: float) -> dist.Store:
+    """The store at MASTER_ADDR. Kept while this process lives: rank 0's may be what serves it, also to late ranks."""
+    key = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank, world_size)
+    if key not in _rendezvous_stores:
+        patience = timedelta(seconds=timeout)
+        _rendezvous_stores[key] = next(dist.rendezvous("env://", rank, world_size, timeout=patience))[0]
+    return _rendezvous_stores[key]
+
+
 def _file_store(job_keys: Sequence[str], world_size: int) -> dist.Store:
     """Where ranks meet whose launcher gives no address: a file named after the job, which the last one removes."""
-    job = "-".join(os.environ[key] for key in job_keys if key in os.environ) or f"launcher-{os.getppid()}"
+    job = "-".join(os.environ[key] for key in job_keys if key in os.environ) or f"launcher-{_launcher_pid()}"
     name = f"pycoll-{os.getuid()}-{''.join(c if c.isalnum() else '-' for c in job)}-{next(_names)}"
     return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)
+
+
+def _launcher_pid() -> int:
+    """The process that started this rank's session (MPICH's proxy), whatever scripts lie between."""
+    stat = Path(f"/proc/{os.getsid(0)}/stat").read_text(encoding="utf-8", errors="replace")
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 @atexit.register

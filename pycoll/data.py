@@ -50,7 +50,8 @@ def load_corpus(path: Path | None, context: int) -> Corpus:
     """Reads the file or folder at `path`, or by default the source of the running Python's standard library.
 
     A folder is read with its sub-folders in the order of the paths, hidden entries (".git") left out, and split by
-    file; a single file is split at a line. Raises DataError where there is no UTF-8 text, or less of it than one window
+    file: one in VALIDATION_EVERY, or of fewer files the one that comes nearest to that share. A single file is split at
+    a line. Raises DataError where there is no UTF-8 text, or less of it than one window
     of `context` tokens in train and in validation.
     """
     documents = _standard_library() if path is None else _read(path)
@@ -59,7 +60,7 @@ def load_corpus(path: Path | None, context: int) -> Corpus:
         raise DataError(f"{name} holds no text: give --data a UTF-8 file that is not empty, or a folder of them")
     if len(documents) == 1:
         documents = _cut(documents[0])
-    kept = range(VALIDATION_EVERY - 1, len(documents), VALIDATION_EVERY) or (len(documents) - 1,)
+    kept = range(VALIDATION_EVERY - 1, len(documents), VALIDATION_EVERY) or (_nearest_share(documents),)
     train = _join([document for i, document in enumerate(documents) if i not in kept])
     validation = _join([documents[i] for i in kept])
     for part, text in (("train", train), ("validation", validation)):
@@ -106,13 +107,13 @@ def _standard_library() -> list[bytes]:
 
 
 def _read(path: Path) -> list[bytes]:
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give --data a UTF-8 file or a folder of them")
-    if path.is_file():
-        paths = [path]
-    else:
+    try:
+        if not path.exists():
+            raise DataError(f"{path} does not exist: give --data a UTF-8 file or a folder of them")
         visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        paths = sorted(p for p in visible if p.is_file())
+        paths = [path] if path.is_file() else sorted(p for p in visible if p.is_file())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     documents = []
     for file in paths:
         try:
@@ -134,6 +135,11 @@ def _undecodable_at(text: bytes) -> int | None:
     except UnicodeDecodeError as error:
         return error.start
     return None
+
+
+def _nearest_share(documents: Sequence[bytes]) -> int:
+    wanted = sum(map(len, documents)) / VALIDATION_EVERY
+    return min(range(len(documents)), key=lambda i: abs(len(documents[i]) - wanted))
 
 
 def _cut(document: bytes) -> list[bytes]:

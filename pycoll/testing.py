@@ -170,11 +170,15 @@ class Processes:
                 failures.append(f"ranks {sorted(waiting.values())} did not return")
                 break
             for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
-                try:
-                    values[rank] = self.result(rank)
-                except Error as e:
-                    failures.append(str(e))
+                rank = waiting[connection]  # type: ignore[index]
+                kind, value = self._receive(rank, timeout)
+                if kind == "said":
+                    continue
+                del waiting[connection]  # type: ignore[arg-type]
+                if kind == "returned":
+                    values[rank] = value
+                else:
+                    failures.append(f"rank {rank} has {kind}: {value}")
         if failures:
             raise Error("\n".join(failures))
         return values
@@ -214,12 +218,12 @@ def run_processes(fn: Callable[..., T], world_size: int, *args: Any, timeout: fl
     Raises:
         Error: ranks failed (with their tracebacks), or are silent for `timeout` seconds.
     """
-    with Processes(_with_communicator, world_size, fn, args) as ranks:
+    with Processes(_with_communicator, world_size, fn, args, timeout) as ranks:
         return ranks.results(timeout)
 
 
-def _with_communicator(rank: Rank, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
-    with rank.communicator() as comm:
+def _with_communicator(rank: Rank, fn: Callable[..., T], args: tuple[Any, ...], timeout: float) -> T:
+    with rank.communicator(timeout=timeout) as comm:
         return fn(comm, *args)
 
 

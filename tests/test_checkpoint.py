@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import pycoll
 from pycoll import checkpoint
 from pycoll.checkpoint import CheckpointError, Header
 from pycoll.models import GPT, GPTConfig
@@ -52,6 +53,22 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [20, 100_000_005]
 
 
+def test_copies_under_names_of_the_users_are_left_alone(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    best = checkpoint.save(tmp_path, HEADER, model, optimizer).rename(tmp_path / "checkpoint-best.safetensors")
+    for step in (5, 6, 7):
+        checkpoint.save(tmp_path, replace(HEADER, step=step), model, optimizer)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [6, 7]
+    assert checkpoint.find(best) == best and best.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    (tmp_path / "a file").touch()
+    with pytest.raises(pycoll.Error, match=r"cannot be written .*earlier checkpoints"):
+        checkpoint.save(tmp_path / "a file", HEADER, model, optimizer)
+
+
 def test_interrupted_write_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained()
     first = checkpoint.save(tmp_path, HEADER, model, optimizer)
@@ -88,7 +105,7 @@ def test_says_where_no_checkpoint_is(tmp_path: Path) -> None:
 def test_says_that_a_file_is_damaged(tmp_path: Path, length: int) -> None:
     path = checkpoint.save(tmp_path, HEADER, *trained())
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(CheckpointError, match=r"is damaged .*resume from an earlier checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is damaged or no checkpoint .*resume from an earlier checkpoint"):
         checkpoint.read_header(path)
 
 

@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import random
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import pycoll
 from pycoll import Communicator, Config
-from pycoll.testing import run_threads
+from pycoll.testing import Processes, Rank, run_threads
 from pycoll.tuning import MiB
 
 pytestmark = [pytest.mark.usefixtures("leaves_nothing"), pytest.mark.timeout(60)]
@@ -600,6 +601,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for key in [key for key in os.environ if key.startswith(prefixes)]:
         monkeypatch.delenv(key)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pycoll.communicator._rendezvous_stores", {})  # else kept while the process lives
     return tmp_path
 
 
@@ -617,6 +619,31 @@ def test_from_env_in_a_world_of_one(launcher: str, monkeypatch: pytest.MonkeyPat
     del comm
     gc.collect()
     assert list(no_launcher.iterdir()) == [], "the file in which ranks meet is gone"
+
+
+def _from_env_again_and_again(rank: Rank, port: int) -> float:
+    os.environ.update(RANK=str(rank.rank), WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    total = 0.0
+    for _ in range(5):  # nobody but rank 0 serves the store, and the ranks never wait for each other in between
+        with Communicator.from_env(config=tiny(), timeout=30) as comm:
+            total += comm.all_reduce(torch.ones(1)).item()
+    dist.init_process_group("pycoll")
+    x = torch.ones(1)
+    dist.all_reduce(x)
+    return total + x.item()
+
+
+def test_from_env_where_rank_0_serves_the_store() -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    with Processes(_from_env_again_and_again, 3, port) as ranks:
+        assert ranks.results(50) == [18.0] * 3
+
+
+@pytest.mark.parametrize("timeout", (0, -1, float("nan")))
+def test_from_env_with_an_impossible_timeout(timeout: float, no_launcher: Path) -> None:
+    with pytest.raises(pycoll.UsageError, match="timeout must be positive"):
+        Communicator.from_env(timeout=timeout)
 
 
 def test_from_env_without_a_launcher(no_launcher: Path) -> None:

@@ -41,8 +41,13 @@ def test_default_text_leaves_out_what_is_not_text(tmp_path: Path, monkeypatch: p
     write_files(tmp_path, {**wanted, **unwanted})
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     corpus = load_corpus(None, CONTEXT)
-    assert as_bytes(corpus.train) == b"\0wanted 0\n\0wanted 1\n\0wanted 2\n"
-    assert as_bytes(corpus.validation) == b"\0wanted 3\n"
+    assert as_bytes(corpus.train) == b"\0wanted 1\n\0wanted 2\n\0wanted 3\n"
+    assert as_bytes(corpus.validation) == b"\0wanted 0\n"
+
+
+def test_of_few_files_the_one_nearest_a_tenth_is_kept(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a": "a" * 1000, "b": "b" * 90, "c": "c" * 10})
+    assert as_bytes(load_corpus(tmp_path, CONTEXT).validation) == b"\0" + b"b" * 90
 
 
 def test_folder_is_split_by_file(tmp_path: Path) -> None:

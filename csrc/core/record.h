@@ -35,12 +35,13 @@ struct CallRecord {
   DType dtype;
   ReduceOp op;
   Algorithm algorithm;
+  uint64_t shape;  // what else the caller wants compared, as one number: sizes, the type behind bytes
 };
 
 // Whether two ranks make the same call. Where their tensors lie does not matter.
 PYCOLL_HD bool same_call(const CallRecord& a, const CallRecord& b) {
   return a.sequence == b.sequence && a.count == b.count && a.root == b.root && a.collective == b.collective &&
-         a.dtype == b.dtype && a.op == b.op && a.algorithm == b.algorithm;
+         a.dtype == b.dtype && a.op == b.op && a.algorithm == b.algorithm && a.shape == b.shape;
 }
 
 }  // namespace pycoll

@@ -99,9 +99,16 @@ class Attach {
     }
     store_.set(key("reached", rank_), said);
     if (failure) std::rethrow_exception(failure);
-    hear_others();
-    take_in(*result);
-    result->store_keys = {key("hello", rank_), key("reached", rank_)};
+    try {
+      hear_others();
+      take_in(*result);
+    } catch (...) {  // the others, who count on this rank by now, find that it has left
+      store_release(reinterpret_cast<Control*>(result->segments[rank_].data())->departed, uint32_t{1});
+      throw;
+    }
+    for (int r = 0; rank_ == 0 && r < world_; ++r) {
+      for (const char* what : {"hello", "reached"}) result->store_keys.push_back(key(what, r));
+    }
     return result;
   }
 

@@ -65,7 +65,9 @@ struct Attachment {
   std::vector<std::byte*> base;        // [world]
   std::vector<PeerLiveness> liveness;  // [world], empty for the own rank
   std::shared_ptr<Keeper> keeper;
-  std::vector<std::string> store_keys;  // to be erased when all ranks have attached
+  // To be erased by this rank when all have attached. Only rank 0 has any: the process that serves the store is often
+  // its own, and may end soon after.
+  std::vector<std::string> store_keys;
 
   PeerTable table() const { return {rank, geometry, base.data()}; }
   Control& control(int r) const { return *reinterpret_cast<Control*>(base[r]); }

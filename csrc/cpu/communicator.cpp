@@ -35,9 +35,18 @@ std::string describe(const CallRecord& r) {
 }
 
 std::string mismatch_text(const std::vector<CallRecord>& records) {
+  // Shapes are told apart only where nothing else differs: a record holds no more than a hash of them.
+  const bool shapes = std::all_of(records.begin(), records.end(), [&](CallRecord r) {
+    r.shape = records[0].shape;
+    return same_call(r, records[0]);
+  });
+  std::map<uint64_t, int> number;
   std::map<std::string, std::vector<int>> callers;
   for (size_t r = 0; r < records.size(); ++r) {
-    callers["call #" + std::to_string(records[r].sequence) + " " + describe(records[r])].push_back(static_cast<int>(r));
+    std::string text = "call #" + std::to_string(records[r].sequence) + " " + describe(records[r]);
+    const int shape = number.emplace(records[r].shape, static_cast<int>(number.size()) + 1).first->second;
+    if (shapes) text += ", shape or element type no. " + std::to_string(shape);
+    callers[text].push_back(static_cast<int>(r));
   }
   std::string text = "pycoll: ranks make different calls:";
   for (const auto& [call, ranks] : callers) {
@@ -109,9 +118,17 @@ struct Communicator::Impl {
     r.collective = call.collective;
     r.dtype = call.dtype;
     r.op = call.op;
+    r.shape = call.shape;
     r.algorithm = Algorithm::kDirect;
     if (call.collective == Collective::kAllReduce) r.algorithm = call.algorithm.value_or(choose(bytes));
     return r;
+  }
+
+  void take_turn(const Call& call, const std::function<void()>& before, bool in_caller) {
+    if (before) {
+      if (const std::exception_ptr failure = guarded(before)) std::rethrow_exception(failure);
+    }
+    execute(call, in_caller);
   }
 
   void execute(const Call& call, bool in_caller) {
@@ -250,17 +267,29 @@ struct Communicator::Impl {
   }
 
   void close() {
-    if (queue.inside()) {  // a signal handler or a callback: end the call; who owns the communicator closes it later
+    if (Queue::inside(
+            &queue)) {  // a signal handler or a callback: end the call; who owns the communicator closes it later
       return give_up("pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective");
     }
     const std::lock_guard guard(closing);
     if (closed) return;
-    queue.stop();
+    std::exception_ptr interrupted;
+    queue.stop([&] {
+      try {
+        check_interrupt();
+      } catch (...) {
+        give_up("pycoll: rank " + std::to_string(rank()) + " was interrupted while it closed the communicator");
+        interrupted = std::current_exception();
+      }
+    });
     lanes.stop();
     closed = true;
     store_release(attachment->control(rank()).departed, uint32_t{1});
-    const std::lock_guard no_user(mapped);
-    attachment = nullptr;
+    {
+      const std::lock_guard no_user(mapped);
+      attachment = nullptr;
+    }
+    if (interrupted) std::rethrow_exception(interrupted);
   }
 
   void give_up(const std::string& why) {
@@ -287,17 +316,32 @@ Communicator::~Communicator() {
     (void)impl_.release();  // threads and locks are the parent's: touch nothing
     return;
   }
-  impl_->close();
-  if (impl_->queue.inside()) std::thread([impl = std::move(impl_)] { impl->close(); }).detach();
+  try {
+    impl_->close();
+    if (Queue::inside(&impl_->queue)) {  // destroyed by a callback: whoever ends the call cannot be waited for here
+      const SignalsBlocked no_signals;
+      std::thread([impl = impl_.get()] {
+        impl->close();
+        delete impl;
+      }).detach();
+      (void)impl_.release();
+    }
+  } catch (...) {  // an interrupt, which ended the wait for the last calls; or no more threads, and then it stays
+    if (!impl_->closed) (void)impl_.release();
+  }
 }
 
-void Communicator::run(const Call& call) {
-  impl_->check_open();
-  if (impl_->queue.inside()) {
+void Communicator::run(const Call& call, const std::function<void()>& before, const std::function<void()>& after) {
+  Impl* impl = impl_.get();
+  impl->check_open();
+  if (Queue::inside(&impl->queue)) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: a collective was called from within another, by a signal handler or a callback");
   }
-  Impl* impl = impl_.get();
+  const auto turn = [&](bool in_caller) {
+    impl->take_turn(call, before, in_caller);
+    if (after) after();
+  };
   const auto interrupt = [impl] {
     try {
       check_interrupt();
@@ -306,7 +350,7 @@ void Communicator::run(const Call& call) {
       throw;
     }
   };
-  impl->queue.run([impl, call](bool in_caller) { impl->execute(call, in_caller); }, interrupt);
+  impl->queue.run(turn, interrupt);
 }
 
 void Communicator::enqueue(const Call& call, std::function<void()> before,
@@ -318,11 +362,13 @@ void Communicator::enqueue(const Call& call, std::function<void()> before,
     if (impl->attachment) impl->watch.throw_if_failed();  // now, rather than when somebody waits
   }
   const auto turn = [impl, call, before = std::move(before)](bool in_caller) {
-    if (const std::exception_ptr failure = impl->guarded(before)) std::rethrow_exception(failure);
-    impl->execute(call, in_caller);
+    impl->take_turn(call, before, in_caller);
   };
   impl->queue.enqueue(turn, std::move(done));
 }
+
+bool Communicator::inside(const void* turn) { return Queue::inside(turn); }
+const void* Communicator::turn() const { return &impl_->queue; }
 
 void Communicator::close() {
   if (!impl_->forked()) impl_->close();

@@ -26,6 +26,7 @@ struct Call {
   const void* in = nullptr;
   void* out = nullptr;
   size_t count = 0;
+  uint64_t shape = 0;  // ranks must give the same; see CallRecord
 };
 
 class Communicator {
@@ -34,10 +35,15 @@ class Communicator {
   Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout);
   ~Communicator();  // as close()
 
-  // Blocks until done. Errors of the collective are terminal for the communicator, kUsage errors are not.
-  void run(const Call& call);
+  // Blocks until done. Errors of the collective are terminal for the communicator, kUsage errors are not. `before` and
+  // `after` belong to the call's turn; `after` is left out if the call failed.
+  void run(const Call& call, const std::function<void()>& before = {}, const std::function<void()>& after = {});
   // Returns at once. When it is the call's turn a thread of the communicator's calls `before`, runs it, and calls `done`.
   void enqueue(const Call& call, std::function<void()> before, std::function<void(std::exception_ptr)> done);
+
+  // Whether this thread is inside a call of the communicator with this `turn()`: it may not wait for another one.
+  static bool inside(const void* turn);
+  const void* turn() const;
 
   // Ends what is queued, tells the peers, gives everything back. Idempotent. Only tensors in the heap, while there are
   // any, keep the memory mapped.

@@ -28,7 +28,7 @@ class Fd {
   int fd_;
 };
 
-// A shared, writable mapping of a whole file. It is left alone by a forked child.
+// A shared, writable mapping of a whole file.
 class Mapping {
  public:
   Mapping() = default;

@@ -7,17 +7,29 @@
 
 namespace pycoll::cpu {
 
+namespace {
+thread_local const void* innermost = nullptr;  // a Queue::Inside
+}
+
+Queue::Inside::Inside(const void* q) : queue(q), outer(static_cast<const Inside*>(innermost)) { innermost = this; }
+Queue::Inside::~Inside() { innermost = outer; }
+
+bool Queue::inside(const void* queue) {
+  for (auto* i = static_cast<const Inside*>(innermost); i != nullptr; i = i->outer) {
+    if (i->queue == queue) return true;
+  }
+  return false;
+}
+
 bool Queue::begin() {
   const std::lock_guard guard(lock_);
   if (busy_ || !jobs_.empty() || ending_) return false;
-  holder_ = std::this_thread::get_id();
   return busy_ = true;
 }
 
 void Queue::end() {
   const std::lock_guard guard(lock_);
   busy_ = false;
-  holder_ = std::thread::id{};
   if (!jobs_.empty() || ending_) changed_.notify_all();
 }
 
@@ -54,23 +66,24 @@ void Queue::run_queued(std::function<void(bool)> call, const std::function<void(
 void Queue::enqueue(std::function<void(bool)> call, Done done) {
   const std::lock_guard guard(lock_);
   if (ending_) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
-  jobs_.push_back({std::move(call), std::move(done)});
-  if (!worker_.joinable()) {
+  if (!working_) {  // first, since it may fail
     const SignalsBlocked no_signals;
     worker_ = std::thread(&Queue::work, this);
+    working_ = true;
   }
+  jobs_.push_back({std::move(call), std::move(done)});
   changed_.notify_all();
 }
 
 void Queue::work() {
+  const Inside inside(this);
   std::unique_lock guard(lock_);
   for (;;) {
     changed_.wait(guard, [&] { return !busy_ && (!jobs_.empty() || ending_); });
-    if (jobs_.empty()) return;
+    if (jobs_.empty()) break;
     Job job = std::move(jobs_.front());
     jobs_.pop_front();
     busy_ = true;
-    holder_ = std::this_thread::get_id();
     guard.unlock();
     std::exception_ptr failure;
     try {
@@ -82,17 +95,23 @@ void Queue::work() {
     job = {};  // what the call kept alive goes before the next call starts
     guard.lock();
     busy_ = false;
-    holder_ = std::thread::id{};
     changed_.notify_all();
   }
+  working_ = false;
+  changed_.notify_all();
 }
 
-void Queue::stop() {
+void Queue::stop(const std::function<void()>& interrupt) {
   {
     std::unique_lock guard(lock_);
     ending_ = true;
     changed_.notify_all();
-    if (!worker_.joinable()) changed_.wait(guard, [&] { return !busy_; });  // a call of another thread
+    // The worker, or a call of another thread.
+    while (!changed_.wait_for(guard, std::chrono::milliseconds(20), [&] { return !busy_ && !working_; })) {
+      guard.unlock();
+      interrupt();
+      guard.lock();
+    }
   }
   if (worker_.joinable()) worker_.join();
 }

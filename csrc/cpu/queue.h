@@ -4,7 +4,6 @@
 // worker thread, which is started with the first such call and ended by stop().
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -19,7 +18,9 @@ class Queue {
  public:
   using Done = std::function<void(std::exception_ptr failure)>;
 
-  ~Queue() { stop(); }
+  ~Queue() {
+    stop([] {});
+  }
 
   // Runs `call` here and now, if nothing comes before it, else queued; returns when it is done and throws what it
   // throws. `interrupt` is called about every 20 ms while another thread runs it. It may throw, having seen to it that
@@ -27,23 +28,32 @@ class Queue {
   template <class F, class Interrupt>
   void run(const F& call, const Interrupt& interrupt) {
     if (!begin()) return run_queued(call, interrupt);
-    const struct End {
+    const struct Turn {
       Queue& queue;
-      ~End() { queue.end(); }
-    } end{*this};
+      Inside inside{&queue};
+      ~Turn() { queue.end(); }
+    } turn{*this};
     call(/*in_caller=*/true);
   }
 
   // Queues `call`; `done` is called after it, in the worker thread.
   void enqueue(std::function<void(bool in_caller)> call, Done done);
 
-  void stop();  // runs what is queued, then ends the worker
+  // Runs what is queued, then ends the worker. `interrupt` is called about every 20 ms; it must not throw.
+  void stop(const std::function<void()>& interrupt);
 
-  // Whether this thread is inside a call: a signal handler that runs in a wait, or a callback of `done`. It must
-  // neither run nor stop.
-  bool inside() const { return holder_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+  // Whether this thread is inside a call of `queue` (compared, not looked into): a signal handler that runs in a wait,
+  // or a callback of `done`. It must neither run, nor stop, nor wait for a later call.
+  static bool inside(const void* queue);
 
  private:
+  struct Inside {  // the calls that this thread is in, innermost first
+    explicit Inside(const void* q);
+    ~Inside();
+    Inside(const Inside&) = delete;
+    const void* queue;
+    const Inside* outer;
+  };
   struct Job {
     std::function<void(bool)> call;
     Done done;
@@ -56,9 +66,9 @@ class Queue {
   std::mutex lock_;
   std::condition_variable changed_;
   std::deque<Job> jobs_;
-  bool busy_ = false;  // some thread runs a call:
-  std::atomic<std::thread::id> holder_{};
+  bool busy_ = false;  // some thread runs a call
   bool ending_ = false;
+  bool working_ = false;  // the worker thread runs
   std::thread worker_;
 };
 

@@ -81,7 +81,7 @@ void Watch::throw_late(int peer) const {
     culprit = static_cast<int>(next) - 1;
   }
   throw Error(ErrorKind::kTimeout,
-              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout_.count()) +
+              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout().count()) +
                   " ms for rank " + std::to_string(culprit) +
                   ", which is alive but did not come. Did it make this call? Raise `timeout` if it is slow",
               culprit);

@@ -1,6 +1,7 @@
 // How a CPU rank waits: spin, then yield, then sleep; and what it looks at meanwhile (csrc/README.md, C3 and F1 to F4).
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <span>
 
@@ -55,7 +56,7 @@ class Watch {
   [[noreturn]] void throw_late(int peer) const;
 
   const Attachment& a_;
-  std::chrono::milliseconds timeout_;
+  std::atomic<std::chrono::milliseconds> timeout_;  // set by one thread, read by others
 };
 
 // Called by waits of the thread that called pycoll, about every 20 ms; throws to interrupt. (Python's signals: set by

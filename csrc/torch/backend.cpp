@@ -2,10 +2,9 @@
 
 #include <torch/extension.h>
 
-#include <algorithm>
 #include <mutex>
-#include <set>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
 
 #include "torch/errors.h"
 #include "torch/modules.h"
@@ -45,7 +44,7 @@ const T& only(const std::vector<T>& list, const char* collective) {
 
 struct Alive {
   std::mutex lock;
-  std::set<Backend*> backends;
+  std::vector<std::weak_ptr<cpu::Communicator>> groups;
 };
 Alive& alive() {
   static auto* a = new Alive;  // never destroyed: groups may outlive static destruction
@@ -60,9 +59,11 @@ struct Job {
   std::vector<Dense> reads, writes;
   std::vector<at::Tensor> result;
 
-  bool copies() const {
-    const auto is_copy = [](const Dense& d) { return d.is_copy(); };
-    return std::any_of(reads.begin(), reads.end(), is_copy) || std::any_of(writes.begin(), writes.end(), is_copy);
+  void load() const {
+    for (const Dense& d : reads) d.load();
+  }
+  void store() const {
+    for (const Dense& d : writes) d.store();
   }
 };
 
@@ -77,7 +78,7 @@ std::vector<Dense> rows_for(const std::vector<at::Tensor>& blocks, const at::Ten
   }
   std::vector<Dense> dense;
   for (size_t r = 0; r < blocks.size(); ++r) {
-    check_writable(blocks[r], collective);
+    check_memory(blocks[r], collective);
     if (blocks[r].scalar_type() != like.scalar_type()) {
       throw_usage(std::string(collective) + ": input and output tensors must have one dtype");
     }
@@ -96,7 +97,8 @@ Job all_gather_job(const Dense& in, const at::Tensor& whole, const std::vector<D
                        .dtype = e.dtype,
                        .in = in.memory().const_data_ptr(),
                        .out = whole.mutable_data_ptr(),
-                       .count = e.count};
+                       .count = e.count,
+                       .shape = fingerprint(whole.scalar_type())};
   return {call, {in}, writes, result};
 }
 
@@ -117,53 +119,56 @@ Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int wor
                  std::chrono::milliseconds timeout)
     : c10d::Backend(rank, world) {
   TorchStore keys(store, "group");
-  comm_ = std::make_unique<cpu::Communicator>(keys, rank, world, config, timeout);
+  comm_ = std::make_shared<cpu::Communicator>(keys, rank, world, config, timeout);
   const std::lock_guard guard(alive().lock);
-  alive().backends.insert(this);
+  std::erase_if(alive().groups, [](const auto& group) { return group.expired(); });
+  alive().groups.push_back(comm_);
 }
 
 Backend::~Backend() {
   // Closing waits for the worker, which may need Python's lock for a future's callbacks.
   std::optional<py::gil_scoped_release> no_gil;
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
-  {
-    const std::lock_guard guard(alive().lock);
-    alive().backends.erase(this);
-  }
   comm_.reset();
 }
 
 void Backend::close_all() {
-  const std::lock_guard guard(alive().lock);
-  for (Backend* b : alive().backends) b->comm_->close();
+  std::vector<std::shared_ptr<cpu::Communicator>> open;
+  {
+    const std::lock_guard guard(alive().lock);
+    for (const auto& group : alive().groups) open.push_back(group.lock());
+  }
+  std::exception_ptr interrupted;
+  for (const auto& group : open) {  // without the lock: a callback may drop a group, or create one
+    try {
+      if (group) group->close();
+    } catch (...) {
+      interrupted = std::current_exception();
+    }
+  }
+  if (interrupted) std::rethrow_exception(interrupted);
 }
 
 Backend::Work Backend::submit(c10d::OpType type, Job job, bool async) {
   ++calls_;
-  auto work = c10::make_intrusive<bindings::Work>(getRank(), type, job.result);
+  auto work = c10::make_intrusive<bindings::Work>(getRank(), type, job.result, comm_->turn());
   try {
-    if (!async && !job.copies()) {
-      comm_->run(job.call);
+    if (!async) {
+      comm_->run(job.call, [&] { job.load(); }, [&] { job.store(); });
       work->complete(nullptr);
       return work;
     }
     const cpu::Call call = job.call;
     const auto shared = std::make_shared<const Job>(std::move(job));
-    const auto before = [shared] {
-      for (const Dense& d : shared->reads) d.load();
-    };
-    const auto after = [work, shared](std::exception_ptr failure) {
+    const auto done = [work, shared](std::exception_ptr failure) {
       try {
-        for (const Dense& d : shared->writes) {
-          if (!failure) d.store();
-        }
+        if (!failure) shared->store();
       } catch (...) {
         failure = std::current_exception();
       }
       work->complete(failure);
     };
-    comm_->enqueue(call, before, after);
-    if (!async) work->wait(kNoTimeout);
+    comm_->enqueue(call, [shared] { shared->load(); }, done);
   } catch (const Error& e) {
     throw PyError(e);
   }
@@ -180,13 +185,18 @@ Backend::Work Backend::allreduce(Tensors& tensors, const c10d::AllreduceOptions&
                        .op = op_of(options.reduceOp),
                        .in = data,
                        .out = data,
-                       .count = static_cast<size_t>(x.numel())};
+                       .count = static_cast<size_t>(x.numel()),
+                       .shape = fingerprint(x.scalar_type())};
   return submit(c10d::OpType::ALLREDUCE, {call, {dense}, {dense}, tensors}, options.asyncOp);
 }
 
 Backend::Work Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
   const at::Tensor& x = only(tensors, "broadcast");
   check_writable(x, "broadcast");
+  if (options.rootRank < 0 || options.rootRank >= getSize()) {
+    throw_usage("broadcast: root " + std::to_string(options.rootRank) + " is not in a group of " +
+                std::to_string(getSize()));
+  }
   const Dense dense(x);
   void* data = dense.memory().mutable_data_ptr();
   const Elements e = elements_to_copy(x);
@@ -195,7 +205,8 @@ Backend::Work Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptions&
                        .root = static_cast<int>(options.rootRank),
                        .in = data,
                        .out = data,
-                       .count = e.count};
+                       .count = e.count,
+                       .shape = fingerprint(x.scalar_type())};
   return submit(c10d::OpType::BROADCAST, {call, {dense}, {dense}, tensors}, options.asyncOp);
 }
 
@@ -203,6 +214,7 @@ Backend::Work Backend::allgather(TensorLists& outputs, Tensors& inputs, const c1
   const at::Tensor& x = only(inputs, "all_gather");
   const Tensors& blocks = only(outputs, "all_gather");
   check_memory(x, "all_gather");
+  for (const at::Tensor& block : blocks) check_writable(block, "all_gather");
   const at::Tensor whole = at::empty({getSize(), x.numel()}, x.options());
   const std::vector<Dense> spread = rows_for(blocks, whole, x, "all_gather");
   return submit(c10d::OpType::ALLGATHER, all_gather_job(Dense(x), whole, spread, blocks), options.asyncOp);

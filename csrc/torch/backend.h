@@ -60,7 +60,7 @@ class Backend : public c10d::Backend {
  private:
   Work submit(c10d::OpType type, Job job, bool async);
 
-  std::unique_ptr<cpu::Communicator> comm_;
+  std::shared_ptr<cpu::Communicator> comm_;
   std::atomic<uint64_t> calls_{0};
 };
 

@@ -127,11 +127,10 @@ class PyCommunicator {
     call.in = from.memory().const_data_ptr();
     call.out = result.memory().mutable_data_ptr();
     call.count = count;
+    call.shape = fingerprint(in.scalar_type(), in.sizes());
     {
       const py::gil_scoped_release no_gil;
-      from.load();
-      comm_->run(call);
-      result.store();
+      comm_->run(call, [&] { from.load(); }, [&] { result.store(); });
     }
     if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();  // autograd must know of the write
   }

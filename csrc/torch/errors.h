@@ -30,7 +30,7 @@ std::exception_ptr for_python(std::exception_ptr failure);
 [[noreturn]] void throw_unsupported(const std::string& what);
 [[noreturn]] void throw_usage(const std::string& what);
 
-// Imports pycoll.errors and teaches pybind11 to raise its classes, with their `rank`.
+// Teaches pybind11 to raise the classes of pycoll.errors, with their `rank`.
 void register_errors();
 
 }  // namespace pycoll::bindings

@@ -48,6 +48,12 @@ Elements elements_to_copy(const at::Tensor& t) {
   return {DType::kUInt8, static_cast<size_t>(t.numel()) * t.element_size()};
 }
 
+uint64_t fingerprint(at::ScalarType type, at::IntArrayRef sizes) {
+  uint64_t hash = 14695981039346656037u + static_cast<uint64_t>(type);  // FNV-1a, over 64-bit words
+  for (const int64_t n : sizes) hash = (hash ^ static_cast<uint64_t>(n)) * 1099511628211u;
+  return hash;
+}
+
 void check_memory(const at::Tensor& t, const char* collective) {
   if (!t.defined()) throw_usage(std::string(collective) + " needs a tensor");
   if (!t.device().is_cpu()) {
@@ -86,7 +92,8 @@ void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const 
 
 void Dense::copy(const at::Tensor& to, const at::Tensor& from) {
   if (to.is_same(from)) return;
-  const at::NoGradGuard no_grad;  // the values are communicated, not computed
+  const at::NoGradGuard no_grad;                     // the values are communicated, not computed
+  const c10::InferenceMode mode(to.is_inference());  // the worker thread knows nothing of its caller's mode
   to.copy_(from);
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/core/ivalue.h>
 #include <ATen/core/jit_type.h>
 
+#include "cpu/communicator.h"
 #include "cpu/os.h"
 #include "cpu/wait.h"
 #include "torch/errors.h"
@@ -17,6 +18,11 @@ void Work::complete(std::exception_ptr failure) {
 bool Work::wait(std::chrono::milliseconds timeout) {
   const auto deadline = cpu::Clock::now() + timeout;
   std::unique_lock guard(mutex_);
+  if (!completed_ && cpu::Communicator::inside(turn_)) {
+    throw PyError(Error(ErrorKind::kUsage,
+                        "pycoll: wait() was called from within another collective of the group, by a signal handler or "
+                        "a callback, which ends before this one can run: chain the futures instead"));
+  }
   while (!cv_.wait_for(guard, std::chrono::milliseconds(20), [this] { return completed_; })) {
     if (timeout != kNoTimeout && cpu::Clock::now() > deadline) {
       throw PyError(cpu::Error(cpu::ErrorKind::kTimeout, "pycoll: the work did not end within the " +

@@ -7,8 +7,9 @@ namespace pycoll::bindings {
 
 class Work : public c10d::Work {
  public:
-  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result)
-      : c10d::Work(rank, type), result_(std::move(result)) {}
+  // `turn`: the communicator's, see cpu::Communicator::inside.
+  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result, const void* turn)
+      : c10d::Work(rank, type), result_(std::move(result)), turn_(turn) {}
 
   // Ends the work, once: with a failure, or without.
   void complete(std::exception_ptr failure);
@@ -22,6 +23,7 @@ class Work : public c10d::Work {
   void mark_future();  // if there is one, and the work has ended; once
 
   std::vector<at::Tensor> result_;
+  const void* const turn_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
   bool marked_ = false;
 };

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,6 +22,15 @@ def rank() -> int | None:
     return int(os.environ["RANK"]) if "RANK" in os.environ else None
 
 
+def program() -> str:
+    """What to type for `pycoll train`, here and now."""
+    if shutil.which("pycoll"):
+        return "pycoll train"
+    script = Path(sys.executable).with_name("pycoll")
+    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return f"{shown} train" if script.exists() else f"{sys.executable} -m pycoll.train"
+
+
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Runs `python -m pycoll.train ARGUMENTS` in `nproc` processes and waits for them.
 
@@ -28,6 +39,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     """
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # Ranks that were asked to stop may take so long to end a step and save (torch 2.13 on; 30 s before).
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory(prefix="pycoll-train-") as logs:
         config = LaunchConfig(
             min_nodes=1,

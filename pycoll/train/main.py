@@ -1,6 +1,7 @@
 """`pycoll train` from its arguments to its exit status: checks all there is to check, then launches ranks or is one."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -13,7 +14,7 @@ from pycoll import checkpoint
 from pycoll.data import Corpus, load_corpus
 from pycoll.errors import Error
 from pycoll.train.config import ConfigError, TrainConfig
-from pycoll.train.launch import launch, rank
+from pycoll.train.launch import launch, program, rank
 from pycoll.train.stop import stop_requests
 from pycoll.train.trainer import Trainer
 
@@ -27,18 +28,19 @@ def main(arguments: Sequence[str]) -> int:
     out = config.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     corpus = check(config, out)
     if rank() is None:
+        del corpus  # The ranks load it; this process only waits for them.
         try:
             return launch([*arguments, *([] if config.out else ["--out", str(out)])], config.nproc)
         except Error as error:
             if not checkpoint.list_checkpoints(out):
                 raise
-            raise Error(f"{error}; continue from the last checkpoint: pycoll train --resume {out}") from error
-    with stop_requests() as stop:
-        dist.init_process_group(config.backend)
-        try:
+            raise Error(f"{error}; continue from the last checkpoint: {program()} --resume {out}") from error
+    dist.init_process_group(config.backend)  # Until all ranks have met there is nothing to save: a signal just ends it.
+    try:
+        with stop_requests() as stop:
             Trainer(config, corpus, out).run(stop)
-        finally:
-            dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
     return 0
 
 
@@ -80,5 +82,7 @@ def _check_out(out: Path, done: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"--out {out} cannot be written to: give another folder")
     if any(checkpoint.step_of(path) > done for path in checkpoint.list_checkpoints(out)):
         raise ConfigError(f"{out} holds another run, or a later part of this one: give --out another folder")

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,14 @@ from pycoll.data import Corpus, decode, random_windows, spread_windows, windows_
 from pycoll.errors import Error
 from pycoll.models.gpt import GPT
 from pycoll.train.config import TrainConfig
+from pycoll.train.launch import program
 from pycoll.train.optimization import learning_rate, make_optimizer, set_learning_rate
 from pycoll.train.progress import Reporter
 from pycoll.train.stop import StopRequest
 
 SAMPLE_TEMPERATURE = 0.8
+DRAWN_FROM = ("nproc", "batch_size", "grad_accum", "seed")
+"""Settings on which the windows of a step depend."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,13 @@ class Trainer:
         self.model = GPT(config.model)
         self.optimizer = make_optimizer(self.model, config)
         self.done, self.first_loss = 0, math.nan
+        self.changed: list[str] = []
+        """Settings of DRAWN_FROM in which this run differs from the one it resumes."""
         if config.resume is not None:
             header = checkpoint.read_header(config.resume)
             checkpoint.load(config.resume, self.model, self.optimizer)
             self.done, self.first_loss = header.step, header.first_loss
+            self.changed = [name for name in DRAWN_FROM if header.config.get(name) != self._drawn_from(name)]
         self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.tokens_per_step = self.world * config.grad_accum * config.batch_size * config.model.context
         self.seconds = 0.0
@@ -65,17 +71,20 @@ class Trainer:
             began, resumed_at = time.monotonic(), self.done
             while self.done < self.config.steps and not self._advance(reporter, stop):
                 pass
-            if self.done == self.config.steps:
-                loss = self._evaluate(reporter)
+            loss = self._evaluate(reporter, stop) if self.done == self.config.steps else None
+            if loss is not None:
                 if reporter:
                     self._conclude(reporter, loss, time.monotonic() - began, self.done - resumed_at)
             elif reporter:
                 reporter.close()
-                reporter.note(f"stopped after step {self.done}; continue with: pycoll train --resume {self.out}")
+                reporter.note(f"stopped after step {self.done}; continue with: {program()} --resume {self.out}")
         finally:
             if reporter:
                 reporter.close()
         dist.barrier()  # Ranks leave together, when none of their tensors is in a backend's thread any more.
+
+    def _drawn_from(self, name: str) -> int:
+        return self.world if name == "nproc" else getattr(self.config, name)
 
     def _advance(self, reporter: Reporter | None, stop: StopRequest) -> bool:
         """One step and what is due after it; true if a rank was asked to stop."""
@@ -88,11 +97,12 @@ class Trainer:
         last = self.done == self.config.steps
         if reporter:
             reporter.step(self.done, result.loss, self.optimizer.param_groups[0]["lr"], result.norm)
-        if self.done % self.config.eval_every == 0 and not last:
-            self._evaluate(reporter)
-        if self.done % self.config.checkpoint_every == 0 or last or result.stop:
+        stopped = result.stop
+        if self.done % self.config.eval_every == 0 and not last and not stopped:
+            stopped = self._evaluate(reporter, stop) is None
+        if self.done % self.config.checkpoint_every == 0 or last or stopped:
             self._save()
-        return result.stop
+        return stopped
 
     def _step(self, stop: StopRequest) -> StepResult:
         began = time.monotonic()
@@ -140,19 +150,28 @@ class Trainer:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _evaluate(self, reporter: Reporter | None) -> float:
-        """Validation loss in nats a byte over the same windows each time, shared out among the ranks."""
+    def _evaluate(self, reporter: Reporter | None, stop: StopRequest) -> float | None:
+        """Validation loss in nats a byte over the same windows each time, shared out among the ranks.
+
+        None if a rank was asked to stop meanwhile.
+        """
         config = self.config
         text, context = self.corpus.validation, config.model.context
         starts = spread_windows(text, context, config.eval_windows)[self.rank :: self.world]
-        total = torch.zeros(2, dtype=torch.float64)  # sum of the losses, number of bytes
+        total = torch.zeros(3, dtype=torch.float64)  # sum of the losses, number of bytes, ranks that were asked to stop
         self.model.eval()
         for first in range(0, len(starts), config.batch_size):
+            if stop.received is not None:
+                total[2] = 1
+                break
             inputs, targets = windows_at(text, context, starts[first : first + config.batch_size])
             mean = float(_cross_entropy(self.model(inputs), targets))
-            total += torch.tensor([mean * targets.numel(), targets.numel()], dtype=torch.float64)
+            total[0] += mean * targets.numel()
+            total[1] += targets.numel()
         self.model.train()
         dist.all_reduce(total)
+        if total[2] > 0:
+            return None
         loss = float(total[0] / total[1])
         if reporter:
             reporter.validation(self.done, loss)
@@ -160,7 +179,8 @@ class Trainer:
 
     def _save(self) -> None:
         if self.rank == 0:
-            settings = (asdict(self.config.model), self.config.to_dict())
+            config = replace(self.config, nproc=self.world)  # torchrun's number may be another than the default
+            settings = (asdict(config.model), config.to_dict())
             header = checkpoint.Header(self.done, *settings, self.corpus.digest, self.first_loss)
             checkpoint.save(self.out, header, self.model, self.optimizer)
 
@@ -174,6 +194,9 @@ class Trainer:
             f" gradients through {dist.get_backend()}; {self.tokens_per_step:,} tokens a step"
         )
         reporter.note(f"run: {self.out}" + (f", from step {self.done}" if self.done else ""))
+        if self.changed:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in self.changed)
+            reporter.note(f"{names} differs from before: it goes on with other windows, not as it would have")
         reporter.start()
 
     def _conclude(self, reporter: Reporter, loss: float, seconds: float, steps: int) -> None:

@@ -539,3 +539,70 @@ def test_under_torchrun(tmp_path: Path) -> None:
     done = subprocess.run(launcher, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in done.stdout.splitlines() if "done" in line) == ["rank 0 is done", "rank 1 is done"]
+
+
+def _calls_from_a_callback(rank: Rank, call: str) -> str:
+    x, blocks = torch.ones(2), [torch.empty(2) for _ in range(rank.world_size)]
+    second = dist.all_reduce(torch.ones(2), async_op=True) if call == "earlier" else None
+    calls = {
+        "all_gather": lambda: dist.all_gather(blocks, torch.ones(2)),
+        "strided": lambda: dist.all_reduce(torch.ones(4, 4)[:, :2]),
+        "dense": lambda: dist.all_reduce(torch.ones(2)),
+        "later": lambda: later[0].wait(),
+        "earlier": lambda: second.wait() if second else None,
+    }
+    later: list[Any] = []
+    gate = threading.Event()
+
+    def callback(_: Any) -> None:
+        gate.wait(30)
+        calls[call]()
+
+    dist.all_reduce(torch.ones(20_000_000), async_op=True)  # so that the next one is pending when its callback is added
+    future = dist.all_reduce(x, async_op=True).get_future().then(callback)
+    later.append(dist.all_reduce(torch.ones(2), async_op=True))
+    gate.set()
+    try:
+        future.wait()
+    except RuntimeError as e:
+        return str(e)
+    finally:
+        later[0].wait()
+    return "no error"
+
+
+@pytest.mark.parametrize("call", ("all_gather", "strided", "dense", "later", "earlier"))
+def test_a_callback_that_would_wait_for_itself(call: str) -> None:
+    """It gets an error instead, and the group goes on. What has ended may be waited for."""
+    for said in run(_calls_from_a_callback, 2, call):
+        assert ("no error" if call == "earlier" else "from within another") in said
+
+
+def _under_inference_mode(rank: Rank) -> None:
+    with torch.inference_mode():
+        blocks = [torch.empty(3) for _ in range(rank.world_size)]
+        dist.all_gather(blocks, torch.full((3,), float(rank.rank)))
+        assert [b[0].item() for b in blocks] == [0.0, 1.0]
+        x = torch.ones(4, 4)[:, :2]
+        dist.all_reduce(x)
+        assert bool((x == 2).all())
+        y = torch.ones(4, 4)[:, :2]
+        dist.all_reduce(y, async_op=True).wait()
+        assert bool((y == 2).all())
+    dist.barrier()
+
+
+def test_inference_mode() -> None:
+    run(_under_inference_mode, 2)
+
+
+def _odd_arguments(rank: Rank) -> None:
+    with pytest.raises(pycoll.UsageError, match="root 2 is not in a group of 2"):
+        dist.distributed_c10d._get_default_group().broadcast(torch.ones(2), 2)
+    out = torch.empty(4)
+    dist.reduce_scatter(out, [torch.ones(1).expand(4)] * 2)  # which is only read
+    assert out.tolist() == [2.0] * 4
+
+
+def test_odd_arguments() -> None:
+    run(_odd_arguments, 2)

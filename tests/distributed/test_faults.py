@@ -140,6 +140,31 @@ def _different_worlds(rank: Rank) -> tuple[str, str, int | None]:
     return outcome(lambda: Communicator(store, rank.rank, 2 + rank.rank, timeout=2, name="worlds"))
 
 
+def _other_shapes(rank: Rank) -> list[tuple[str, str]]:
+    pairs: list[tuple[Any, Any]] = [
+        (torch.ones(2, 3), torch.ones(3, 2)),
+        (torch.ones(4, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)),
+        (torch.ones(2, dtype=torch.complex64), torch.ones(16, dtype=torch.bool)),
+    ]
+    seen = []
+    for i, pair in enumerate(pairs):
+        with rank.communicator(name=f"case {i}", timeout=30) as comm:
+            x = pair[rank.rank]
+            seen.append(outcome(lambda c=comm, x=x, i=i: c.all_reduce(x) if i == 0 else c.broadcast(x))[:2])
+    rank.init_process_group()
+    x = torch.ones(4, dtype=torch.bool if rank.rank else torch.uint8)
+    seen.append(outcome(lambda: dist.broadcast(x, 0))[:2])
+    return seen
+
+
+def test_equal_counts_of_other_shapes_and_types() -> None:
+    with Processes(_other_shapes, 2) as ranks:
+        for seen in ranks.results(HANG):
+            assert [kind for kind, _ in seen] == ["MismatchError"] * 4
+            assert "all_reduce(float32[6], sum, one_shot), shape or element type no. 1" in seen[0][1]
+            assert "rank 1" in seen[0][1] and "no. 2" in seen[0][1]
+
+
 def test_different_world_sizes() -> None:
     """Rank 0 says 2, rank 1 says 3 and waits for a rank that nobody else knows of."""
     with Processes(_different_worlds, 2) as ranks:
@@ -628,6 +653,44 @@ def test_interrupt_during_a_wait(where: str) -> None:
         assert [ranks.exit_code(r, HANG) for r in range(2)] == [0, 0]
 
 
+def _interrupted_at_the_end(rank: Rank, how: str) -> tuple[bool, list[float]]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    rank.init_process_group(timeout=50)
+    base = torch.ones(2, 4)
+    if rank.rank == 1:
+        rank.listen()
+        with contextlib.suppress(pycoll.Error):
+            dist.all_reduce(torch.ones(2, 2))
+        return False, []
+    rank.say("waiting")
+    try:
+        if how == "strided":
+            dist.all_reduce(base[:, :2])
+        else:
+            work = dist.all_reduce(base[:, :2], async_op=True)
+            dist.destroy_process_group()
+            del work
+    except KeyboardInterrupt:
+        rank.say("interrupted")
+        rank.listen()
+        return True, base.flatten().tolist()
+    return False, []
+
+
+@pytest.mark.parametrize("how", ("strided", "destroy"))
+def test_interrupt_ends_every_wait(how: str) -> None:
+    """Also that of a call that copies, and of a group's end; nothing is written to a tensor afterwards."""
+    with Processes(_interrupted_at_the_end, 2, how) as ranks:
+        ranks.hear(0)
+        until_asleep(ranks.pid(0))
+        ranks.kill(0, signal.SIGINT)
+        assert ranks.hear(0, HANG) == "interrupted"
+        ranks.tell(1, "come")
+        ranks.result(1, HANG)
+        ranks.tell(0, "go on")
+        assert ranks.result(0, HANG) == (True, [1.0] * 8)
+
+
 def _handler_calls_back(rank: Rank, what: str) -> tuple[str, str]:
     comm = rank.communicator()
     comm.barrier()
@@ -674,6 +737,15 @@ future = dist.all_reduce(torch.ones(2_000_000), async_op=True).get_future().then
     "destroyed with work in flight": """
 work = dist.all_reduce(torch.ones(2_000_000), async_op=True)
 dist.destroy_process_group()
+""",
+    "groups dropped by a callback": """
+groups = [dist.new_group(), dist.new_group()]
+work = dist.all_reduce(torch.ones(2_000_000), async_op=True, group=groups[0])
+future = work.get_future().then(lambda f: groups.clear())
+import torch.distributed.distributed_c10d as c10d
+for table in (c10d._world.pg_map, c10d._world.pg_names, c10d._world.pg_group_ranks, c10d._world.pg_backend_config):
+    for group in groups:
+        table.pop(group, None)
 """,
     "a communicator": """
 comm = pycoll.Communicator(dist.FileStore(folder + "/second", 2), rank, 2)

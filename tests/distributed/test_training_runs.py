@@ -18,6 +18,7 @@ from training import SECONDS, TINY, command, differing, finish, train_alone, wri
 
 from pycoll import checkpoint
 from pycoll.data import load_corpus
+from pycoll.train.launch import program
 from pycoll.train.main import parse
 
 
@@ -69,6 +70,10 @@ def test_two_ranks_learn_what_one_does_from_both_their_batches(
     two = load_file(checkpoint.find(finished[0]))
     for name, weights in one.items():
         torch.testing.assert_close(two[f"model.{name}"], weights, rtol=1e-3, atol=1e-5)
+    losses = [
+        json.loads((out / "summary.json").read_text())["final validation loss"] for out in (finished[0], tmp_path)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), "over the same windows, shared out or not"
 
 
 def test_resumed_run_ends_where_the_straight_one_did(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -78,6 +83,15 @@ def test_resumed_run_ends_where_the_straight_one_did(finished: tuple[Path, str],
     assert result.returncode == 0, result.stderr
     assert "from step 3" in result.stdout
     assert differing(load_file(checkpoint.find(tmp_path)), load_file(checkpoint.find(finished[0]))) == []
+
+
+def test_resuming_with_other_ranks_says_so(finished: tuple[Path, str], tmp_path: Path) -> None:
+    halfway = finished[0] / "checkpoint-00000003.safetensors"
+    resume = [sys.executable, "-m", "pycoll.train", "--resume", str(halfway), "--out", str(tmp_path), "--nproc", "1"]
+    result = finish(resume)
+    assert result.returncode == 0, result.stderr
+    assert "--nproc differs from before" in result.stdout
+    assert checkpoint.read_header(checkpoint.find(tmp_path)).config["nproc"] == 1
 
 
 def test_torchrun_starts_it_too(text: Path, tmp_path: Path) -> None:
@@ -132,7 +146,7 @@ def test_interrupt_saves_and_says_how_to_resume(text: Path, tmp_path: Path) -> N
         status, out, err = running.wait()
     assert (status, err) == (128 + signal.SIGINT, "")
     step = checkpoint.read_header(checkpoint.find(tmp_path)).step
-    assert f"stopped after step {step}; continue with: pycoll train --resume {tmp_path}" in out
+    assert f"stopped after step {step}; continue with: {program()} --resume {tmp_path}" in out
     assert parse(["--resume", str(tmp_path)]).steps == 1000000
 
 
@@ -149,5 +163,5 @@ def test_killed_rank_is_named(text: Path, tmp_path: Path) -> None:
         os.kill(running.ranks[1], signal.SIGKILL)
         status, _, err = running.wait()
     assert status == 1
-    assert f"was killed by SIGKILL; continue from the last checkpoint: pycoll train --resume {tmp_path}" in err
+    assert f"was killed by SIGKILL; continue from the last checkpoint: {program()} --resume {tmp_path}" in err
     assert "Traceback" not in err
