@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -17,47 +16,10 @@
 #include "cpu/executor.h"
 #include "cpu/heap.h"
 #include "cpu/lanes.h"
+#include "cpu/mismatch.h"
 #include "cpu/queue.h"
 
 namespace pycoll::cpu {
-
-namespace {
-
-std::string describe(const CallRecord& r) {
-  std::string text = name(r.collective);
-  if (r.collective == Collective::kBarrier) return text + "()";
-  text += std::string("(") + name(r.dtype) + "[" + std::to_string(r.count) + "]";
-  if (r.collective == Collective::kAllReduce || r.collective == Collective::kReduceScatter)
-    text += std::string(", ") + name(r.op);
-  if (r.collective == Collective::kAllReduce) text += std::string(", ") + name(r.algorithm);
-  if (r.collective == Collective::kBroadcast) text += ", root " + std::to_string(r.root);
-  return text + ")";
-}
-
-std::string mismatch_text(const std::vector<CallRecord>& records) {
-  // Shapes are told apart only where nothing else differs: a record holds no more than a hash of them.
-  const bool shapes = std::all_of(records.begin(), records.end(), [&](CallRecord r) {
-    r.shape = records[0].shape;
-    return same_call(r, records[0]);
-  });
-  std::map<uint64_t, int> number;
-  std::map<std::string, std::vector<int>> callers;
-  for (size_t r = 0; r < records.size(); ++r) {
-    std::string text = "call #" + std::to_string(records[r].sequence) + " " + describe(records[r]);
-    const int shape = number.emplace(records[r].shape, static_cast<int>(number.size()) + 1).first->second;
-    if (shapes) text += ", shape or element type no. " + std::to_string(shape);
-    callers[text].push_back(static_cast<int>(r));
-  }
-  std::string text = "pycoll: ranks make different calls:";
-  for (const auto& [call, ranks] : callers) {
-    text += (text.back() == ':' ? " rank " : "; rank ");
-    for (size_t i = 0; i < ranks.size() && i < 8; ++i) text += (i ? "," : "") + std::to_string(ranks[i]);
-    text += (ranks.size() > 8 ? ",... " : " ") + call;
-  }
-  return text + ". All ranks must make the same calls in the same order";
-}
-
-}  // namespace
 
 struct Communicator::Impl {
   std::shared_ptr<Attachment> attachment;  // none once closed; used in a call of the queue, or under `mapped`

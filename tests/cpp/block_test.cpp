@@ -109,7 +109,8 @@ class Rank {
             s.collective,
             DType::kInt32,
             ReduceOp::kSum,
-            s.algorithm};
+            s.algorithm,
+            0};
   }
 
   void run_step(Exec& exec, const Step& s, int channel, WindowState& state, int step) {

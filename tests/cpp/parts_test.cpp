@@ -36,7 +36,7 @@ void partitions() {
     const Geometry g{world, 4, 2, 64 * 8 * static_cast<size_t>(world), 512, 0};
     for (const size_t count : {0, 1, 5, 64, 127, 128, 1000, 4097}) {
       for (const int channels : {1, 2, 3}) {
-        CallRecord r{0, count, 0, 0, 0, Collective::kAllReduce, DType::kBFloat16, ReduceOp::kSum, Algorithm::kRing};
+        CallRecord r{0, count, 0, 0, 0, Collective::kAllReduce, DType::kBFloat16, ReduceOp::kSum, Algorithm::kRing, 0};
         chunks_cover_the_tensor_once(r, g, channels, g.link_bytes / 4);  // accumulators are fp32
         r.algorithm = Algorithm::kTree;
         chunks_cover_the_tensor_once(r, g, channels, g.link_bytes / 4);
