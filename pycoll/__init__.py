@@ -18,6 +18,7 @@ from pycoll.errors import (  # noqa: E402
     UsageError,
 )
 from pycoll.info import info  # noqa: E402
+from pycoll.local_group import LocalGroup  # noqa: E402
 from pycoll.tuning import Config  # noqa: E402
 from pycoll.version import __version__  # noqa: E402
 
@@ -27,6 +28,7 @@ __all__ = [
     "Communicator",
     "Config",
     "Error",
+    "LocalGroup",
     "MismatchError",
     "PeerLostError",
     "TimeoutError",

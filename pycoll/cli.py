@@ -15,7 +15,10 @@ from rich.text import Text
 
 from pycoll.errors import Error, UnsupportedError, UsageError
 
-BENCHMARKS = {"all-reduce": ("pycoll.benchmarks.all_reduce", "AllReduceBench")}
+BENCHMARKS = {
+    "all-reduce": ("pycoll.benchmarks.all_reduce", "AllReduceBench"),
+    "local-group": ("pycoll.benchmarks.local_group", "LocalGroupBench"),
+}
 """Subject -> module and the class of its settings; the module's `main` takes them and returns the exit status."""
 
 

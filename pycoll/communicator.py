@@ -101,7 +101,7 @@ class Communicator:
             config: memory and switch points; the ranks' minimum is used.
             name: tells communicators on one store apart; by default they are counted, in order of creation.
         """
-        self.timeout = _seconds(timeout)
+        self.timeout = seconds(timeout)
         if world_size < 1 or not 0 <= rank < world_size:
             raise UsageError(f"pycoll: rank {rank} is not in a world of {world_size}")
         native = native_config(config or Config(), world_size)
@@ -117,7 +117,7 @@ class Communicator:
         Raises:
             UsageError: the environment names no rank.
         """
-        store, rank, world_size = _store_from_env(_seconds(timeout))
+        store, rank, world_size = _store_from_env(seconds(timeout))
         return cls(store, rank, world_size, timeout=timeout, config=config)
 
     def all_reduce(self, x: Array, op: Op = "sum", *, out: Array | None = None, algorithm: Algorithm = "auto") -> Array:
@@ -268,11 +268,12 @@ _LAUNCHERS = (  # variables that hold rank, world size and (parts of) a name of 
 )
 
 
-def _seconds(timeout: float | timedelta) -> float:
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
-    if not seconds > 0:
+def seconds(timeout: float | timedelta) -> float:
+    """A time-out in seconds, at most LONGEST. Raises UsageError unless it is positive."""
+    value = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    if not value > 0:
         raise UsageError(f"pycoll: the timeout must be positive, in seconds, not {timeout}")
-    return min(seconds, LONGEST)
+    return min(value, LONGEST)
 
 
 def _store_from_env(timeout: float) -> tuple[dist.Store, int, int]:

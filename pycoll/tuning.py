@@ -41,3 +41,7 @@ def one_shot_max_bytes(world_size: int) -> int:
     """Where `auto` switches from one-shot to two-shot, in bytes."""
     fitting = [limit for ranks, limit in ONE_SHOT_MAX_BYTES.items() if world_size <= ranks]
     return fitting[0] if fitting else 8 * KiB
+
+
+# A GPU's channels are blocks: many, each with little.
+CUDA = Config(slot_bytes=64 * KiB, link_bytes=16 * KiB, heap_bytes=0, channel_min_bytes=16 * KiB)

@@ -7,7 +7,23 @@ import pytest
 import torch
 from leaks import held_segments, native_threads
 
+from pycoll._build import build_info
+
 torch.set_num_threads(1)  # ranks share the cores, and torch's own threads would count as left behind
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are skipped where there is no GPU, or no build for one."""
+    cuda = build_info()["cuda"]
+    if not cuda["built"]:
+        missing = f"pycoll built without CUDA: {cuda['reason']}"
+    elif not torch.cuda.is_available():
+        missing = "no CUDA GPU"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 @pytest.fixture

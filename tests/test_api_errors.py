@@ -190,3 +190,11 @@ def test_a_heap_of_nothing() -> None:
         assert comm.all_reduce(ones(2)).tolist() == [2.0, 2.0]
 
     run_threads(rank_main, 2, config=Config(heap_bytes=0))
+
+
+def test_local_group_needs_a_gpu() -> None:
+    with pytest.raises(pycoll.UnsupportedError, match="lives on a CUDA GPU, not on cpu"):
+        pycoll.LocalGroup(2, "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(pycoll.UnsupportedError, match=r"built without CUDA|no CUDA GPU"):
+            pycoll.LocalGroup(2)

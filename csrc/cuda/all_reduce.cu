@@ -21,16 +21,27 @@ __global__ void prepare_kernel(const GroupRank* ranks, int channels) {
 __global__ void __launch_bounds__(kThreads, 1) all_reduce_kernel(GroupCall call) {
   const GroupRank& rank = call.ranks[blockIdx.y];
   const int channel = static_cast<int>(blockIdx.x);
+  // In one process a pointer serves all ranks: each tensor is "in the heap", at its distance from it.
+  __shared__ CallRecord records[kMaxRanks];
+  for (int r = static_cast<int>(threadIdx.x); r < call.world; r += static_cast<int>(blockDim.x)) {
+    const auto offset = [&](const void* p) {
+      return static_cast<uint64_t>(static_cast<const std::byte*>(p) - rank.table.heap(r));
+    };
+    records[r] = call.record;
+    records[r].in_offset = offset(call.in[r]);
+    records[r].out_offset = offset(call.out[r]);
+  }
+  __syncthreads();
+  const int self = rank.table.rank;
   BlockExecutor exec(call.record.dtype, call.record.op, call.status, call.timeout_ns);
-  Operation op{static_cast<const std::byte*>(rank.in),
-               static_cast<std::byte*>(rank.out),
+  Operation op{static_cast<const std::byte*>(call.in[self]),
+               static_cast<std::byte*>(call.out[self]),
                size_of(call.record.dtype),
-               rank.table.rank,
+               self,
                call.world,
                cut(call.record, rank.table.geometry, channel, call.channels)};
   WindowState state = rank.windows[channel];  // every thread keeps its own copy
-  const CallRecord mine = rank.records[rank.table.rank];
-  Window<BlockExecutor> window(exec, op, rank.table, channel, state, rank.records, mine);
+  Window<BlockExecutor> window(exec, op, rank.table, channel, state, records, records[self]);
   const auto enter = [&] { return window.barrier(); };
   const auto lane = [&](const auto& algorithm) {
     if (!enter()) return;
@@ -59,6 +70,19 @@ __global__ void __launch_bounds__(kThreads, 1) all_reduce_kernel(GroupCall call)
 int prepare_group(const GroupRank* ranks, int world, int channels, void* stream) {
   prepare_kernel<<<world, 1, 0, static_cast<cudaStream_t>(stream)>>>(ranks, channels);
   return static_cast<int>(cudaGetLastError());
+}
+
+int resident_blocks(int* blocks) {
+  int device = 0, multiprocessors = 0, each = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, all_reduce_kernel, kThreads, 0);
+  }
+  *blocks = each * multiprocessors;
+  return static_cast<int>(error);
 }
 
 int all_reduce_group(const GroupCall& call, void* stream) {

@@ -11,18 +11,9 @@
 #include "core/cell.h"
 #include "core/combine.h"
 #include "core/layout.h"
+#include "cuda/launch.h"
 
 namespace pycoll::cuda_device {
-
-constexpr int kMaxRanks = 16;
-
-enum Outcome : uint32_t { kRunning, kAborted, kTimedOut };
-
-// Written by the host (abort) or by the first block that fails; in host-mapped memory.
-struct Status {
-  uint32_t outcome;
-  int32_t rank;  // for whom a block waited when it timed out
-};
 
 // The loops, one function a dtype and operation. Not inlined: the kernel that calls them holds every algorithm once,
 // for all of them.

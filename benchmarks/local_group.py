@@ -1,0 +1,163 @@
+"""All-reduce among ranks that share a GPU (pycoll.LocalGroup), eager and in a graph, beside the device's copy ceiling.
+
+`pycoll bench local-group --help`. Every tensor must be read once and written once, so the ceiling is a copy of as many
+bytes as all ranks' tensors hold together, by torch, in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import pycoll
+from pycoll.communicator import Algorithm
+
+from . import machine, report, timing
+
+SAMPLES = 15
+
+
+@dataclass
+class LocalGroupBench:
+    """Times all-reduce (sum, in place) among ranks that share a GPU, at many sizes, beside a copy."""
+
+    ranks: tuple[int, ...] = (2, 8)
+    """Ranks on the GPU."""
+    smallest: str = "1KiB"
+    """Smallest size of each rank's tensor."""
+    largest: str = "1GiB"
+    """Largest size; sizes at which the tensors do not fit in memory are left out."""
+    factor: int = 4
+    """Between one size and the next, from the largest down."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Of the tensors."""
+    algorithms: tuple[Algorithm, ...] = ("auto", "one_shot", "two_shot", "ring", "tree")
+    """To compare."""
+    output: Path = Path("bench-results")
+    """Folder for the JSON file."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run one case; seconds a call, the bytes that must move in it, and the copy of as many bytes."""
+
+    ranks: int
+    size: int
+    dtype: str
+    algorithm: str
+    mode: str
+    seconds: float
+    moved_bytes: int
+    copy_seconds: float
+
+    @property
+    def share(self) -> float:
+        """Of the copy's bandwidth."""
+        return self.copy_seconds / self.seconds
+
+
+def measure(call: Callable[[], object], calls: int) -> float:
+    """Median seconds a call on the GPU, over samples of `calls` one after another."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    samples = []
+    for _ in range(SAMPLES + 1):
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(samples[1:])  # the first one warmed up
+
+
+def captured(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph
+
+
+def copy_ceiling(size: int, calls: int) -> float:
+    """Seconds that torch takes to copy `size` bytes on the GPU."""
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return measure(captured(lambda: target.copy_(source), calls).replay, 1) / calls
+
+
+def rows_of(ranks: int, size: int, dtype: str, algorithms: tuple[Algorithm, ...]) -> Iterator[Row]:
+    """All ways to run one case."""
+    kind = cast(torch.dtype, getattr(torch, dtype))
+    group = pycoll.LocalGroup(ranks)
+    tensors = [torch.zeros(size // kind.itemsize, dtype=kind, device="cuda") for _ in range(ranks)]
+    calls = max(1, min(50, (1 << 28) // (ranks * size)))
+    copy_seconds = copy_ceiling(ranks * size, calls)
+    for algorithm in algorithms:
+
+        def call(algorithm: Algorithm = algorithm) -> None:
+            group.all_reduce(tensors, algorithm=algorithm)
+
+        times = {"eager": measure(call, calls), "graph": measure(captured(call, calls).replay, 1) / calls}
+        for mode, seconds in times.items():
+            yield Row(ranks, size, dtype, algorithm, mode, seconds, 2 * ranks * size, copy_seconds)
+    group.close()
+
+
+def table(rows: list[Row]) -> Table:
+    """A line a row."""
+    shown = Table(title="all-reduce among ranks on one GPU", box=box.SIMPLE)
+    for name in ("ranks", "size", "dtype", "algorithm", "mode", "time us", "moved GB/s", "of the copy"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        gbs = row.moved_bytes / row.seconds / 1e9
+        case = (str(row.ranks), timing.format_bytes(row.size), row.dtype, row.algorithm, row.mode)
+        shown.add_row(*case, report.format_seconds(row.seconds), f"{gbs:.0f}", f"{row.share:.0%}")
+    return shown
+
+
+def main(config: LocalGroupBench) -> int:
+    """Runs the benchmark; prints the table and writes JSON. Returns the exit code."""
+    if not torch.cuda.is_available():
+        Console(stderr=True).print("pycoll bench local-group: there is no CUDA GPU", style="red")
+        return 2
+    smallest, largest = timing.parse_bytes(config.smallest), timing.parse_bytes(config.largest)
+    free = torch.cuda.mem_get_info()[0]
+    cases = [
+        (ranks, size, dtype)
+        for ranks in config.ranks
+        for dtype in config.dtypes
+        for size in timing.sizes(smallest, largest, config.factor, 4)
+        if 4 * ranks * size < free
+    ]
+    rows: list[Row] = []
+    for ranks, size, dtype in track(cases, "measuring", console=Console(stderr=True)):
+        rows += rows_of(ranks, size, dtype, config.algorithms)
+        torch.cuda.empty_cache()
+    Console(width=110).print(table(rows))
+    config.output.mkdir(parents=True, exist_ok=True)
+    found = {
+        "benchmark": "local-group",
+        "machine": {**machine.describe(), "gpu": torch.cuda.get_device_name()},
+        "facts": {"torch": torch.__version__, "cuda": torch.version.cuda, "pycoll": pycoll.__version__},
+        "rows": [{**asdict(row), "share_of_copy": row.share} for row in rows],
+    }
+    path = config.output / "local_group.json"
+    path.write_text(json.dumps(found, indent=1))
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(LocalGroupBench)))

@@ -1,0 +1,145 @@
+"""Ranks that share a GPU: every algorithm, dtype, operation and size in one cooperative launch; streams and graphs."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import reference
+import torch
+
+import pycoll
+from pycoll import LocalGroup
+from pycoll.tuning import Config, KiB
+
+pytestmark = pytest.mark.cuda
+# Little data runs many rounds, over several channels.
+SMALL = Config(
+    channels=3, slot_bytes=4 * KiB, link_bytes=1 * KiB, link_slots=3, heap_bytes=0, channel_min_bytes=2 * KiB
+)
+WORLD_SIZES = (1, 2, 3, 4, 7, 8)
+
+
+@pytest.fixture(params=WORLD_SIZES)
+def group(request: pytest.FixtureRequest) -> Iterator[LocalGroup]:
+    made = LocalGroup(request.param, config=SMALL)
+    yield made
+    made.close()
+
+
+def on_gpu(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.cuda() for t in tensors]
+
+
+@pytest.mark.parametrize("algorithm", reference.ALGORITHMS)
+def test_every_dtype_and_operation(group: LocalGroup, algorithm: str) -> None:
+    for dtype, op in itertools.product(reference.DTYPES, reference.OPS):
+        given = reference.inputs(group.world_size, 10_001, dtype)
+        tensors = on_gpu(given)
+        group.all_reduce(tensors, op, algorithm=algorithm)  # type: ignore[arg-type]
+        for t in tensors:
+            reference.check(t.cpu(), given, op, (dtype, op, algorithm))
+            assert reference.bits(t.cpu()) == reference.bits(tensors[0].cpu()), "the same bits on all ranks"
+
+
+@pytest.mark.parametrize("algorithm", reference.ALGORITHMS)
+@pytest.mark.parametrize("count", (0, 1, 3, 255, 4096, 100_003, 3_000_001))
+def test_every_size_again_and_again(group: LocalGroup, algorithm: str, count: int) -> None:
+    given = reference.inputs(group.world_size, count, torch.int32)
+    tensors = on_gpu(given)
+    expected = [t.clone() for t in given]
+    for _ in range(5):
+        group.all_reduce(tensors, algorithm=algorithm)  # type: ignore[arg-type]
+        expected = [reference.reduced(expected, "sum")] * group.world_size
+    for t in tensors:
+        assert torch.equal(t.cpu(), expected[0])
+
+
+def test_direct_algorithms_give_the_same_bits(group: LocalGroup) -> None:
+    given = reference.inputs(group.world_size, 100_003, torch.bfloat16)
+    results = []
+    for algorithm in ("one_shot", "two_shot"):
+        tensors = on_gpu(given)
+        group.all_reduce(tensors, algorithm=algorithm)  # type: ignore[arg-type]
+        results.append(reference.bits(tensors[0].cpu()))
+    assert results[0] == results[1]
+
+
+def test_strided_and_misaligned_tensors(group: LocalGroup) -> None:
+    given = reference.inputs(group.world_size, (64, 65), torch.float32)
+    wholes = on_gpu(given)
+    group.all_reduce([w[:, 1:].t() for w in wholes])
+    expected = reference.reduced(given, "sum").float()
+    for rank, w in enumerate(wholes):
+        torch.testing.assert_close(w[:, 1:].cpu(), expected[:, 1:], rtol=1e-5, atol=1e-5)
+        assert torch.equal(w[:, 0].cpu(), given[rank][:, 0]), "what lies beside is left alone"
+    given = reference.inputs(group.world_size, 5001, torch.bfloat16)
+    tensors = [torch.cat((torch.zeros(rank % 3 + 1, dtype=t.dtype), t)).cuda() for rank, t in enumerate(given)]
+    views = [t[rank % 3 + 1 :] for rank, t in enumerate(tensors)]
+    group.all_reduce(views)
+    for v in views:
+        reference.check(v.cpu(), given, "sum", "misaligned")
+
+
+@pytest.mark.parametrize("algorithm", reference.ALGORITHMS)
+def test_graph_is_replayed(group: LocalGroup, algorithm: str) -> None:
+    tensors = [torch.zeros(20_000, device="cuda") for _ in range(group.world_size)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # no warm-up
+        group.all_reduce(tensors, "avg", algorithm=algorithm)  # type: ignore[arg-type]
+    for turn in range(5):
+        for rank, t in enumerate(tensors):
+            t.fill_(rank + turn)
+        graph.replay()
+        torch.cuda.synchronize()
+        group.all_reduce(tensors, "avg")  # between replays too
+        for t in tensors:
+            assert bool((t == turn + (group.world_size - 1) / 2).all())
+
+
+def test_streams_are_ordered() -> None:
+    group = LocalGroup(4, config=SMALL)
+    tensors = [torch.ones(1_000_000, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for i in range(12):
+        with torch.cuda.stream(streams[i % 3]):
+            group.all_reduce(tensors, "max" if i else "sum")
+    torch.cuda.synchronize()
+    assert all(bool((t == 4).all()) for t in tensors)
+
+
+def test_bad_arguments() -> None:
+    group = LocalGroup(2, config=SMALL)
+    x, y = torch.ones(10, device="cuda"), torch.ones(10, device="cuda")
+    for tensors, kind, text in (
+        ([x], pycoll.UsageError, "a tensor for each of the 2 ranks"),
+        ([x, y.double()], pycoll.MismatchError, "differ in shape or dtype"),
+        ([x, y[:9]], pycoll.MismatchError, "differ in shape or dtype"),
+        ([x, y.cpu()], pycoll.UnsupportedError, "on cpu"),
+        ([x, x], pycoll.UsageError, "overlap"),
+        ([x.bool(), y.bool()], pycoll.UnsupportedError, "Bool"),
+    ):
+        with pytest.raises(kind, match=text):
+            group.all_reduce(tensors)
+    with pytest.raises(pycoll.UsageError, match="1 to 16"):
+        LocalGroup(17)
+    group.all_reduce([x, y])
+    assert bool((x == 2).all()) and bool((y == 2).all())
+    group.close()
+    with pytest.raises(pycoll.Error, match="closed"):
+        group.all_reduce([x, y])
+
+
+def test_abort_is_terminal_and_the_device_stays_usable() -> None:
+    group = LocalGroup(2, config=SMALL)
+    tensors = [torch.ones(10, device="cuda") for _ in range(2)]
+    group.abort()
+    with pytest.raises(pycoll.Error, match="aborted"):
+        group.all_reduce(tensors)
+    torch.cuda.synchronize()
+    assert torch.ones(3, device="cuda").sum().item() == 3
+
+
+def test_footprint_at_rest() -> None:
+    for world_size in (2, 8):
+        assert LocalGroup(world_size).footprint() / world_size < 32 * 2**20
