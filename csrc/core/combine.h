@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/reduce_op.h"
@@ -36,6 +37,11 @@ constexpr size_t kVectorBytes = 16;
 // Elements a thread takes at once.
 template <class T>
 constexpr size_t kVector = kVectorBytes / sizeof(T);
+
+// Vectors of a source that a thread asks for at once: many for what gradients and activations are made of; for others,
+// which are rarely large, that is not worth the time to compile it.
+template <class T>
+constexpr int kInFlight = kWidens<T> || std::is_same_v<T, float> ? 4 : 1;
 
 // What a single element may assume: nothing on the host; a GPU demands that it is aligned.
 #ifdef __CUDA_ARCH__
@@ -69,23 +75,28 @@ PYCOLL_HD void load_source(Accumulator<T> (&values)[N], const CombineArgs& a, in
   for (size_t j = 0; j < N; ++j) values[j] = widen(elements[j]);
 }
 
-template <class T, ReduceOp Op, size_t N>
-PYCOLL_HD void combine_at(const CombineArgs& a, size_t index) {
+// `Count` times N elements, `step` elements apart: all loads of a source are on their way before the first is needed.
+template <class T, ReduceOp Op, size_t N, int Count>
+PYCOLL_HD void combine_at(const CombineArgs& a, size_t index, size_t step) {
   constexpr Reduce<Op> kReduce;
-  Accumulator<T> sum[N];
-  load_source<T>(sum, a, 0, index);
+  Accumulator<T> sum[Count][N];
+  for (int c = 0; c < Count; ++c) load_source<T>(sum[c], a, 0, index + c * step);
   for (int k = 1; k < a.src_count; ++k) {
-    Accumulator<T> next[N];
-    load_source<T>(next, a, k, index);
-    for (size_t j = 0; j < N; ++j) sum[j] = kReduce(sum[j], next[j]);
+    Accumulator<T> next[Count][N];
+    for (int c = 0; c < Count; ++c) load_source<T>(next[c], a, k, index + c * step);
+    for (int c = 0; c < Count; ++c) {
+      for (size_t j = 0; j < N; ++j) sum[c][j] = kReduce(sum[c][j], next[c][j]);
+    }
   }
-  if (!a.final) {
-    for (int d = 0; d < a.dst_count; ++d) store(a.dst[d], index, sum);
-    return;
+  for (int c = 0; c < Count; ++c) {
+    if (!a.final) {
+      for (int d = 0; d < a.dst_count; ++d) store(a.dst[d], index + c * step, sum[c]);
+      continue;
+    }
+    T result[N];
+    for (size_t j = 0; j < N; ++j) result[j] = narrow<T>(kReduce.finalize(sum[c][j], a.world));
+    for (int d = 0; d < a.dst_count; ++d) store(a.dst[d], index + c * step, result);
   }
-  T result[N];
-  for (size_t j = 0; j < N; ++j) result[j] = narrow<T>(kReduce.finalize(sum[j], a.world));
-  for (int d = 0; d < a.dst_count; ++d) store(a.dst[d], index, result);
 }
 
 template <class T>
@@ -114,9 +125,13 @@ PYCOLL_HD void combine_strided(const Group& g, const CombineArgs& a) {
   const size_t vectors = head < kN && head < a.count ? (a.count - head) / kN : 0;
   if (vectors == 0) head = 0;
   const size_t thread = g.thread(), threads = g.size();
-  for (size_t v = thread; v < vectors; v += threads) strided::combine_at<T, Op, kN>(a, head + v * kN);
+  size_t v = thread;
+  for (; v + (strided::kInFlight<T> - 1) * threads < vectors; v += strided::kInFlight<T> * threads) {
+    strided::combine_at<T, Op, kN, strided::kInFlight<T>>(a, head + v * kN, threads * kN);
+  }
+  for (; v < vectors; v += threads) strided::combine_at<T, Op, kN, 1>(a, head + v * kN, 0);
   for (size_t i = thread; i < a.count - vectors * kN; i += threads) {
-    strided::combine_at<T, Op, 1>(a, i < head ? i : i + vectors * kN);
+    strided::combine_at<T, Op, 1, 1>(a, i < head ? i : i + vectors * kN, 0);
   }
 }
 
