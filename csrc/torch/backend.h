@@ -55,7 +55,6 @@ class Backend : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override { comm_->set_timeout(timeout); }
   void abort() override { comm_->abort("pycoll: rank " + std::to_string(getRank()) + " aborted the group"); }
   void shutdown() override { comm_->close(); }
-  cpu::Communicator& communicator() { return *comm_; }
 
  private:
   Work submit(c10d::OpType type, Job job, bool async);

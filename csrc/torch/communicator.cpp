@@ -30,7 +30,7 @@ class PyCommunicator {
     const at::Tensor& result = out ? *out : x;
     check_memory(x, "all_reduce");
     check_writable(result, "all_reduce");
-    check_like(x, result, "all_reduce", x.sizes());
+    check_like(x, result, "all_reduce");
     cpu::Call call{.collective = Collective::kAllReduce, .dtype = reducible(x, "all_reduce"), .op = parse_op(op)};
     call.algorithm = parse_algorithm(algorithm);
     run(call, x, result, static_cast<size_t>(x.numel()), /*in_place=*/!out);
@@ -71,10 +71,7 @@ class PyCommunicator {
 
   at::Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
     int64_t count = 1;
-    for (const int64_t n : shape) {
-      if (n < 0) throw_usage("empty: a shape has no negative sizes");
-      count *= n;
-    }
+    for (const int64_t n : shape) count *= n;  // pycoll/communicator.py has checked them
     const auto options = at::TensorOptions().dtype(dtype);
     std::shared_ptr<void> block;
     {
@@ -99,9 +96,9 @@ class PyCommunicator {
     return std::chrono::milliseconds(static_cast<int64_t>(std::min(seconds, 1e9) * 1000));
   }
 
-  static void check_like(const at::Tensor& x, const at::Tensor& out, const char* collective, at::IntArrayRef shape) {
-    if (out.scalar_type() != x.scalar_type() || out.sizes() != shape) {
-      throw_usage(c10::str(collective, ": `out` must be ", x.scalar_type(), " of shape ", shape, ", not ",
+  static void check_like(const at::Tensor& x, const at::Tensor& out, const char* collective) {
+    if (out.scalar_type() != x.scalar_type() || out.sizes() != x.sizes()) {
+      throw_usage(c10::str(collective, ": `out` must be ", x.scalar_type(), " of shape ", x.sizes(), ", not ",
                            out.scalar_type(), " of shape ", out.sizes()));
     }
   }

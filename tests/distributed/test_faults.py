@@ -746,6 +746,7 @@ import torch.distributed.distributed_c10d as c10d
 for table in (c10d._world.pg_map, c10d._world.pg_names, c10d._world.pg_group_ranks, c10d._world.pg_backend_config):
     for group in groups:
         table.pop(group, None)
+del group
 """,
     "a communicator": """
 comm = pycoll.Communicator(dist.FileStore(folder + "/second", 2), rank, 2)
