@@ -321,7 +321,10 @@ def _file_store(job_keys: Sequence[str], world_size: int) -> dist.Store:
 
 def _launcher_pid() -> int:
     """The process that started this rank's session (MPICH's proxy), whatever scripts lie between."""
-    stat = Path(f"/proc/{os.getsid(0)}/stat").read_text(encoding="utf-8", errors="replace")
+    session = os.getsid(0)
+    if session == 0:  # it was started outside this PID namespace, so not by a launcher within
+        return os.getppid()
+    stat = Path(f"/proc/{session}/stat").read_text(encoding="utf-8", errors="replace")
     return int(stat.rpartition(")")[2].split()[1])
 
 

@@ -621,6 +621,13 @@ def test_from_env_in_a_world_of_one(launcher: str, monkeypatch: pytest.MonkeyPat
     assert list(no_launcher.iterdir()) == [], "the file in which ranks meet is gone"
 
 
+def test_from_env_in_a_pid_namespace_without_its_session_leader(
+    monkeypatch: pytest.MonkeyPatch, no_launcher: Path
+) -> None:
+    monkeypatch.setattr("os.getsid", lambda pid: 0)  # as `docker exec` and `unshare --pid` leave it
+    test_from_env_in_a_world_of_one("MPICH", monkeypatch, no_launcher)
+
+
 def _from_env_again_and_again(rank: Rank, port: int) -> float:
     os.environ.update(RANK=str(rank.rank), WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     total = 0.0
