@@ -3,6 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= 2.13.0
+CUDA_TORCH ?= 2.11.0
 ARGS ?=
 OUT ?= gpu-results
 
@@ -17,13 +18,14 @@ STAMP := $(VENV)/.pycoll-$(CHECKOUT)-$(TORCH)
 INPUTS := pyproject.toml setup.py pycoll/version.py $(wildcard build_support/*.py) $(shell find csrc -type f) \
           $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)
 
-.PHONY: help setup train test lint format bench cuda-check gpu clean
+.PHONY: help setup train test lint format bench cuda-check cuda-link gpu clean
 
 help:  ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'VENV=DIR     an environment that is there already (default .venv, made when missing)'
 	@echo 'TORCH=X.Y.Z  the torch to install (default $(TORCH); without TORCH= one that is there already is kept)'
+	@echo 'CUDA_TORCH=X.Y.Z  the torch that cuda-link links with, under build/ (default $(CUDA_TORCH))'
 	@echo 'PYTHON=...   the Python that makes .venv (default python3)'
 	@echo 'ARGS="..."   passed on to pycoll train, pytest or pycoll bench'
 
@@ -67,6 +69,9 @@ bench: $(STAMP)  ## time pycoll beside Gloo, MPI and the machine's ceiling
 
 cuda-check:  ## compile the kernels for sm_80 to sm_120, where there is nvcc; no GPU needed
 	@$(PYTHON) build_support/pycoll_cuda.py
+
+cuda-link:  ## build all of pycoll with CUDA, where there is nvcc, link it with a CUDA torch and import it; no GPU needed
+	@$(PYTHON) build_support/pycoll_cuda_link.py $(CUDA_TORCH)
 
 # An environment that sees the machine's own packages: nothing is taken from a network.
 gpu:  ## where there is a GPU: build for it with the torch that is there, test, check memory, benchmark; results in OUT=

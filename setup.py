@@ -74,7 +74,7 @@ def build_steps() -> dict[str, Any]:
         # torch's own flags forbid the operators of the 16-bit types in kernels.
         nvcc_flags += [f"-U{flag[2:]}" for flag in cpp_extension.COMMON_NVCC_FLAGS if flag.startswith("-D__CUDA_NO_")]
         libraries += ["cudart", "c10_cuda", "torch_cuda"]
-        files += sources("cuda", ".cu") + sources("torch/cuda", ".cpp")
+        files += sources("cuda", ".cu") + sources("cuda", ".cpp") + sources("torch/cuda", ".cpp")
     extension = Extension(
         "pycoll._C",
         sources=files,

@@ -68,7 +68,13 @@ class Contest:
         count = size // values.ITEMSIZE[self.report.dtype]
         for group, keys in list(self._groups.items()):
             for key in keys:
-                errors = self._ask(group, "prepare", key, count, self.report.dtype)
+                refusals = self._ask(group, "prepare", key, count, self.report.dtype)
+                reason = next((words for words in refusals if words is not None), None)
+                if reason is not None:
+                    self._ask(group, "release", key)
+                    self.report.left_out.append(f"{' '.join(key)} at {timing.format_bytes(size)}: {reason}")
+                    continue
+                errors = self._ask(group, "check", key)
                 if not errors:
                     break
                 entrant = _Entrant(group, key, self._checked(key, size, errors))

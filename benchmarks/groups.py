@@ -51,14 +51,15 @@ class Launch:
 class RankGroup:
     """The running ranks of one library. `failed` is set by the first GroupFailed."""
 
-    def __init__(self, launch: Launch, world_size: int) -> None:
-        """Starts `world_size` ranks and waits until all have called.
+    def __init__(self, launch: Launch, world_size: int, patience: float = PATIENCE) -> None:
+        """Starts `world_size` ranks and waits until all have called, at most `patience` seconds, as for each order.
 
         Raises:
             GroupFailed: they did not.
         """
         self.name = launch.name
         self.failed = False
+        self._patience = patience
         self._folder = tempfile.TemporaryDirectory(prefix="pycoll-bench-")
         self._log = (Path(self._folder.name) / "log").open("w+b")
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -98,7 +99,7 @@ class RankGroup:
     def _accept(self, listener: socket.socket, world_size: int) -> list[Connection]:
         """The connections of all ranks, in rank order."""
         found: dict[int, Connection] = {}
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self._patience
         listener.settimeout(0.2)
         while len(found) < world_size:
             try:
@@ -124,12 +125,12 @@ class RankGroup:
         except OSError as e:
             raise self._failure(f"a rank is gone ({e})") from e
         replies: dict[int, Any] = {}
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self._patience
         while len(replies) < len(self._connections):
             open_ones = [c for rank, c in enumerate(self._connections) if rank not in replies]
             ready = wait(open_ones, max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise self._failure(f"ranks did not reply to {order} within {PATIENCE:.0f} s")
+                raise self._failure(f"ranks did not reply to {order} within {self._patience:.0f} s")
             for rank in [rank for rank, connection in enumerate(self._connections) if connection in ready]:
                 replies[rank] = self._reply(rank)
         return [replies[rank] for rank in range(len(self._connections))]

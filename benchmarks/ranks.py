@@ -1,7 +1,14 @@
 """The rank's side of a benchmark: takes orders from the driver over a socket, one at a time, and sleeps between them.
 
 Orders and replies are tuples of plain values, because driver and rank may run different Pythons. The standard library
-and NumPy alone.
+and NumPy alone. The orders that a driver gives:
+
+contenders -> their keys
+facts -> versions and settings, for the record
+prepare (key, elements, dtype) -> None, or in words why this contender takes no part at this size
+check (key) -> the error of one call on known values; None where there is no result
+time (key, calls) -> seconds for so many calls, after a few that warm up
+release (key)
 """
 
 from __future__ import annotations
@@ -62,28 +69,19 @@ class Rank:
             "contenders": lambda: list(self.contenders),
             "facts": self.facts,
             "prepare": self._prepare,
+            "check": self._check,
             "time": self._time,
             "release": self._release,
         }
         self._prepared: dict[Key, tuple[Operation, str]] = {}
-        with _connect() as connection:
-            connection.send(self.rank)
-            while True:
-                try:
-                    name, *arguments = connection.recv()
-                except EOFError:
-                    return
-                if name == "exit":
-                    return
-                try:
-                    connection.send(("ok", orders[name](*arguments)))
-                except Exception:  # whatever it was, the driver reports it
-                    connection.send(("error", traceback.format_exc()))
+        serve(self.rank, orders)
 
-    def _prepare(self, key: Key, count: int, dtype: str) -> float | None:
-        """Allocates, and checks one call. Returns its error: see values.sum_error."""
-        operation = self.contenders[key](count, dtype)
-        self._prepared[key] = operation, dtype
+    def _prepare(self, key: Key, count: int, dtype: str) -> None:
+        self._prepared[key] = self.contenders[key](count, dtype), dtype
+
+    def _check(self, key: Key) -> float | None:
+        """See values.sum_error."""
+        operation, dtype = self._prepared[key]
         values.load_pattern(operation.buffer, self.rank, dtype)
         self.sync()
         operation.call()
@@ -107,6 +105,23 @@ class Rank:
 
     def _release(self, key: Key) -> None:
         del self._prepared[key]
+
+
+def serve(rank: int, orders: Mapping[str, Callable[..., object]]) -> None:
+    """Executes `orders`, by name, until the driver says so, or is gone."""
+    with _connect() as connection:
+        connection.send(rank)
+        while True:
+            try:
+                name, *arguments = connection.recv()
+            except EOFError:
+                return
+            if name == "exit":
+                return
+            try:
+                connection.send(("ok", orders[name](*arguments)))
+            except Exception:  # whatever it was, the driver reports it
+                connection.send(("error", traceback.format_exc()))
 
 
 def _connect() -> Connection:

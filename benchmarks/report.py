@@ -65,6 +65,7 @@ class Report:
         facts: versions and settings, by library.
         rows: in order of size.
         failures: libraries that could not be measured or gave a wrong result, and why.
+        left_out: contenders that take no part at a size, and why.
     """
 
     benchmark: str
@@ -74,6 +75,7 @@ class Report:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def select(self, **wanted: Any) -> list[Row]:
         """The rows whose attributes are as given, fastest first."""

@@ -19,7 +19,7 @@ EPSILON = {
     "float16": 2.0**-12,
 }  # of one rounding, relative
 
-_PERIOD = 4099  # a prime: data that lands at a wrong place, by any power of two, is found
+PERIOD = 4099  # a prime: data that lands at a wrong place, by any power of two, is found
 
 
 def storage(dtype: str) -> np.dtype[np.generic]:
@@ -48,30 +48,33 @@ def fill_ones(buffer: Buffer, dtype: str) -> None:
 
 def pattern(rank: int, dtype: str) -> Buffer:
     """One period of the data on which `rank` is checked: uniform in [-1, 1), the same in every process."""
-    return encode(np.random.default_rng(rank).uniform(-1, 1, _PERIOD), dtype)
+    return encode(np.random.default_rng(rank).uniform(-1, 1, PERIOD), dtype)
 
 
 def load_pattern(buffer: Buffer, rank: int, dtype: str) -> None:
     """Fills `buffer` with the period of `rank`, again and again."""
     period = pattern(rank, dtype)
-    for start in range(0, buffer.size, _PERIOD):
-        part = buffer[start : start + _PERIOD]
+    for start in range(0, buffer.size, PERIOD):
+        part = buffer[start : start + PERIOD]
         part[:] = period[: part.size]
 
 
-def sum_error(buffer: Buffer, world_size: int, dtype: str) -> float:
-    """The largest |result - exact| / sum over ranks of |x|, where `buffer` should hold the sum of all ranks' patterns.
+def expected(world_size: int, dtype: str) -> tuple[NDArray[np.floating], NDArray[np.float64]]:
+    """One period of the sum of all ranks' patterns, and of the sum of their absolute values.
 
-    The exact sum is taken in float64 (for float64: in the platform's long double).
+    The sum is taken in float64 (for float64: in the platform's long double).
     """
     inputs = [decode(pattern(rank, dtype), dtype) for rank in range(world_size)]
     exact = np.sum(np.array(inputs, np.longdouble), axis=0)
-    if dtype != "float64":
-        exact = exact.astype(np.float64)
-    scale = np.sum(np.abs(inputs), axis=0)
+    return exact if dtype == "float64" else exact.astype(np.float64), np.sum(np.abs(inputs), axis=0)
+
+
+def sum_error(buffer: Buffer, world_size: int, dtype: str) -> float:
+    """The largest |result - exact| / sum over ranks of |x|, where `buffer` should hold the sum of all patterns."""
+    exact, scale = expected(world_size, dtype)
     worst = 0.0
-    for start in range(0, buffer.size, _PERIOD):
-        got = decode(buffer[start : start + _PERIOD], dtype)
+    for start in range(0, buffer.size, PERIOD):
+        got = decode(buffer[start : start + PERIOD], dtype)
         error = np.max(np.abs(got - exact[: got.size]) / scale[: got.size])
         worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
     return worst

@@ -1,7 +1,7 @@
 """Whether CUDA can be built here, for which GPUs, and with which flags.
 
-As a program (`make cuda-check`) it compiles every kernel for every GPU, and takes warnings and register spills for
-errors. It needs nvcc, but neither a GPU nor torch.
+As a program (`make cuda-check`) it compiles every kernel for every GPU, shows the registers and the stack that each
+takes, and takes warnings and register spills for errors. It needs nvcc, but neither a GPU nor torch.
 """
 
 import concurrent.futures
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pycoll_ptxas
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("8.0", "9.0", "10.0", "12.0")  # compute capabilities: A100; H100 and H200; B200; RTX 50 and RTX PRO
@@ -92,8 +94,9 @@ def make_plan(
 
 
 def check_kernels(root: Path = ROOT) -> int:
-    """Compile every kernel under root/csrc/cuda, and print a line for each; the exit status."""
-    kernels = sorted((root / "csrc" / "cuda").glob("**/*.cu"))
+    """Compile every kernel under root/csrc/cuda, and print a line for each on each GPU; the exit status."""
+    folder = root / "csrc" / "cuda"
+    files = sorted(folder.glob("**/*.cu"))
     nvcc = find_nvcc()
     if nvcc is None:
         print(f"cuda-check: left out, {NO_NVCC}")
@@ -105,16 +108,25 @@ def check_kernels(root: Path = ROOT) -> int:
         return 1
     compiler = nvcc.path
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = list(pool.map(lambda kernel: _check_kernel(compiler, root, kernel), kernels))
-    for _, text in verdicts:
-        print(text)
-    passed = sum(good for good, _ in verdicts)
-    print(f"cuda-check: {passed} of {len(kernels)} kernel files pass (nvcc {nvcc.version}, {', '.join(ARCHS)})")
-    return 0 if passed == len(kernels) else 1
+        compiled = list(pool.map(lambda file: _compile(compiler, root, file), files))
+    logs, failures = {}, []
+    for file, done in zip(files, compiled, strict=True):
+        name = str(file.relative_to(folder))
+        logs[name] = pycoll_ptxas.parse(done.stdout)
+        if done.returncode != 0:
+            failures.append(f"{name}: nvcc failed\n{done.stdout}")
+        elif re.search(r"[1-9]\d* bytes spill", done.stdout):
+            failures.append("\n".join([f"{name}: registers spill", *_lines({name: logs[name].spilling}, nvcc)]))
+        elif not logs[name].kernels:
+            print(f"{name}: no kernels")
+    print("\n".join([*_lines({name: log.kernels for name, log in logs.items()}, nvcc), *failures]))
+    passed = len(files) - len(failures)
+    print(f"cuda-check: {passed} of {len(files)} kernel files pass (nvcc {nvcc.version}, {', '.join(ARCHS)})")
+    return 1 if failures else 0
 
 
-def _check_kernel(nvcc: Path, root: Path, kernel: Path) -> tuple[bool, str]:
-    """Whether one file passes, and what to print. A spilled register is an error, as each use is a trip to memory."""
+def _compile(nvcc: Path, root: Path, file: Path) -> subprocess.CompletedProcess[str]:
+    """nvcc's exit status and what it and ptxas say of one file, for all of ARCHS."""
     command: list[str | Path] = [
         nvcc,
         *NVCC_FLAGS,
@@ -126,15 +138,14 @@ def _check_kernel(nvcc: Path, root: Path, kernel: Path) -> tuple[bool, str]:
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (arch.replace(".", "") for arch in ARCHS)]
     objects = root / "build" / "cuda-check"
     objects.mkdir(parents=True, exist_ok=True)
-    command += ["-Xptxas=-v", "-c", kernel, "-o", objects / f"{kernel.stem}.o"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    name = kernel.relative_to(root)
-    if done.returncode != 0:
-        return False, f"{name}: nvcc failed\n{done.stdout}"
-    if re.search(r"[1-9]\d* bytes spill", done.stdout):
-        return False, f"{name}: registers spill\n{done.stdout}"
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", done.stdout)]
-    return True, f"{name}: {len(registers)} kernels, at most {max(registers, default=0)} registers, no spill"
+    command += ["-Xptxas=-v", "-c", file, "-o", objects / f"{file.stem}.o"]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _lines(usages: Mapping[str, Sequence[pycoll_ptxas.Usage]], nvcc: Nvcc) -> list[str]:
+    """The table of `usages`, with names that a reader knows. A spill is an error, as each use is a trip to memory."""
+    names = list(dict.fromkeys(usage.name for found in usages.values() for usage in found))
+    return pycoll_ptxas.table(usages, pycoll_ptxas.demangle(names, (nvcc.home / "bin" / "cu++filt", "c++filt")))
 
 
 def _output(*command: str | Path) -> str:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +26,12 @@ from pycoll.errors import Error, UnsupportedError, UsageError
 from pycoll.tuning import Config, GiB
 
 if TYPE_CHECKING:
+    import cupy
     from numpy.typing import NDArray
 
 Op = Literal["sum", "avg", "min", "max", "product"]
-Algorithm = Literal["auto", "one_shot", "two_shot", "ring", "tree"]
-Array = TypeVar("Array", Tensor, "NDArray[np.generic]")
+Algorithm = Literal["auto", "one_shot", "two_shot", "ring", "tree", "one_shot_ll", "two_shot_ll", "multimem"]
+Array = TypeVar("Array", Tensor, "NDArray[np.generic]", "cupy.ndarray")
 
 LONGEST = 1e9
 """Seconds that stand for ever: what clocks and torch's stores can still add up."""
@@ -54,6 +56,9 @@ def native_config(config: Config, world_size: int) -> _C.Config:
     native.heap_bytes = _checked("heap_bytes", heap, 0, 1 << 46)
     native.one_shot_max_bytes = _checked("one_shot_max_bytes", one_shot, 0, 1 << 46)
     native.channel_min_bytes = _checked("channel_min_bytes", config.channel_min_bytes, 1, 1 << 46)
+    native.word_bytes = _checked("word_bytes", config.word_bytes, 0, GiB)
+    native.one_shot_ll_max_bytes = _checked("one_shot_ll_max_bytes", config.one_shot_ll_max_bytes, 0, 1 << 46)
+    native.two_shot_ll_max_bytes = _checked("two_shot_ll_max_bytes", config.two_shot_ll_max_bytes, 0, 1 << 46)
     return native
 
 
@@ -66,9 +71,14 @@ def _checked(name: str, value: int, low: int, high: int) -> int:
 class Communicator:
     """A group of ranks on one machine and the collectives among them.
 
-    All ranks must create their communicators, and call their collectives, in the same order. Tensors are torch CPU
-    tensors or NumPy arrays of any shape and strides; NumPy arrays are used where they are. Memory from `empty()` is
+    All ranks must create their communicators, and call their collectives, in the same order. Tensors are torch tensors,
+    NumPy arrays or CuPy arrays of any shape and strides; arrays are used where they are. Memory from `empty()` is
     mapped by all peers, and collectives on it need no staging copies.
+
+    On a GPU the ranks meet with their first CUDA tensor, each on the one GPU it uses from then on. A call is ordered on
+    the current stream (for CuPy arrays CuPy's) as a kernel would be; where each rank has a GPU of its own that the
+    others reach, the host goes on at once, and calls can be captured in CUDA graphs. Processes that share a GPU, or
+    whose GPUs do not reach one another, meet on the host: right, but slower.
 
     Reductions of bfloat16 and float16 accumulate in float32 and round once. One-shot and two-shot add in rank order:
     the same bits on every rank, in every run, at every size. Ring and tree give the same bits on all ranks and in all
@@ -89,6 +99,7 @@ class Communicator:
         *,
         timeout: float | timedelta = 300.0,
         config: Config | None = None,
+        cuda_config: Config = tuning.CUDA,
         name: str | None = None,
     ) -> None:
         """Meets the other ranks; returns when all are there.
@@ -99,26 +110,30 @@ class Communicator:
             world_size: how many ranks there are.
             timeout: the longest a collective, or this call, waits for other ranks; in seconds.
             config: memory and switch points; the ranks' minimum is used.
+            cuda_config: the same for tensors on GPUs.
             name: tells communicators on one store apart; by default they are counted, in order of creation.
         """
         self.timeout = seconds(timeout)
         if world_size < 1 or not 0 <= rank < world_size:
             raise UsageError(f"pycoll: rank {rank} is not in a world of {world_size}")
         native = native_config(config or Config(), world_size)
-        self._impl = _C.Communicator(store, rank, world_size, name or str(next(_names)), native, self.timeout)
+        on_gpus = native_config(cuda_config, world_size)
+        self._impl = _C.Communicator(store, rank, world_size, name or str(next(_names)), native, on_gpus, self.timeout)
         self.rank = rank
         self.world_size = world_size
         _alive.add(self)
 
     @classmethod
-    def from_env(cls, *, timeout: float | timedelta = 300.0, config: Config | None = None) -> Communicator:
+    def from_env(
+        cls, *, timeout: float | timedelta = 300.0, config: Config | None = None, cuda_config: Config = tuning.CUDA
+    ) -> Communicator:
         """The communicator of all ranks that torchrun, mpirun (Open MPI, MPICH) or srun started.
 
         Raises:
             UsageError: the environment names no rank.
         """
         store, rank, world_size = _store_from_env(seconds(timeout))
-        return cls(store, rank, world_size, timeout=timeout, config=config)
+        return cls(store, rank, world_size, timeout=timeout, config=config, cuda_config=cuda_config)
 
     def all_reduce(self, x: Array, op: Op = "sum", *, out: Array | None = None, algorithm: Algorithm = "auto") -> Array:
         """Combines `x` of all ranks elementwise; every rank gets the result.
@@ -127,7 +142,8 @@ class Communicator:
             x: float32, float64, bfloat16, float16, int8 to int64 or uint8, the same shape and dtype on all ranks.
             op: "sum", "avg" (integers truncate), "min", "max" or "product".
             out: where the result goes; None: into `x`.
-            algorithm: "auto" picks by size; or "one_shot", "two_shot", "ring", "tree".
+            algorithm: "auto" picks by size; or "one_shot", "two_shot", "ring", "tree"; on GPUs also "one_shot_ll" and
+                "two_shot_ll" (low latency), and "multimem" (sums of floats in NVSwitch, where there is one).
 
         Returns:
             `out`, or `x`.
@@ -136,12 +152,14 @@ class Communicator:
             self._impl.all_reduce(x, None, op, algorithm)
             return x
         result = x if out is None else out
-        self._impl.all_reduce(_tensor(x), None if out is None else _tensor(out), op, algorithm)
+        with _stream_of(x):
+            self._impl.all_reduce(_tensor(x), None if out is None else _tensor(out), op, algorithm)
         return result
 
     def broadcast(self, x: Array, root: int = 0) -> Array:
         """Overwrites `x` on every rank with rank `root`'s. Any dtype; the same shape on all ranks. Returns `x`."""
-        self._impl.broadcast(_tensor(x), root)
+        with _stream_of(x):
+            self._impl.broadcast(_tensor(x), root)
         return x
 
     def all_gather(self, x: Array, *, out: Array | None = None) -> Array:
@@ -156,12 +174,13 @@ class Communicator:
         """
         tensor = _tensor(x)
         shape: tuple[int, ...] = tuple(tensor.shape) or (1,)
-        if out is None:
-            gathered = torch.empty((self.world_size * shape[0], *shape[1:]), dtype=tensor.dtype)
-            self._impl.all_gather(tensor, gathered)
-            return _like(x, gathered)
-        self._impl.all_gather(tensor, _tensor(out))
-        return out
+        with _stream_of(x):
+            if out is None:
+                gathered = tensor.new_empty((self.world_size * shape[0], *shape[1:]))
+                self._impl.all_gather(tensor, gathered)
+                return _like(x, gathered)
+            self._impl.all_gather(tensor, _tensor(out))
+            return out
 
     def reduce_scatter(self, x: Array, op: Op = "sum", *, out: Array | None = None) -> Array:
         """Combines `x` of all ranks elementwise; rank r gets block r of `world_size` equal blocks along dimension 0.
@@ -180,22 +199,35 @@ class Communicator:
                 f"pycoll: reduce_scatter needs a first dimension that {self.world_size} ranks divide, "
                 f"not shape {tuple(tensor.shape)}"
             )
-        if out is None:
-            block = torch.empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]), dtype=tensor.dtype)
-            self._impl.reduce_scatter(tensor, block, op)
-            return _like(x, block)
-        self._impl.reduce_scatter(tensor, _tensor(out), op)
-        return out
+        with _stream_of(x):
+            if out is None:
+                block = tensor.new_empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]))
+                self._impl.reduce_scatter(tensor, block, op)
+                return _like(x, block)
+            self._impl.reduce_scatter(tensor, _tensor(out), op)
+            return out
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
         self._impl.barrier()
 
-    def empty(self, shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(
+        self,
+        shape: int | Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """An uninitialised torch tensor in this rank's shared heap, which all peers map ("symmetric memory").
 
         Collectives on it, and on views of it, need no staging copies. No collective call: ranks may allocate
         differently. The memory is freed with the tensor, and stays valid after `close()`.
+
+        Args:
+            shape: of the tensor.
+            dtype: of its elements.
+            device: "cpu", or the rank's GPU: there the ranks must have met, by a collective or by calling this on all
+                ranks. Peers map new memory when they come by, so a tensor's first collective may still be staged; where
+                GPUs do not reach one another it is ordinary memory.
 
         Raises:
             Error: the heap is full (Config.heap_bytes), or the machine has no memory.
@@ -205,11 +237,23 @@ class Communicator:
             raise UsageError(f"pycoll: empty() needs sizes of zero or more, not {tuple(sizes)}")
         if math.prod(sizes) >= 1 << 46:
             raise Error(f"pycoll: the shared heap has no room for a tensor of shape {tuple(sizes)}")
-        return self._impl.empty(sizes, dtype)
+        return self._impl.empty(sizes, dtype, _with_index(torch.device(device)))
+
+    def mem_pool(self, device: torch.device | str = "cuda") -> torch.cuda.MemPool:
+        """A pool for `torch.cuda.use_mem_pool`: what torch allocates in it lies in the shared heap, as from `empty()`.
+
+        The ranks must have met on their GPUs, or all call this. Free the pool's tensors before closing.
+        """
+        allocator = self._impl.mem_allocator(_with_index(torch.device(device)))
+        return torch.cuda.MemPool() if allocator is None else torch.cuda.MemPool(allocator)
 
     def footprint(self) -> int:
         """Bytes of memory this rank has given: staging and links until closed, and tensors from `empty()`."""
         return self._impl.footprint
+
+    def device_footprint(self) -> int:
+        """The same on its GPU; 0 before the ranks have met there."""
+        return self._impl.device_footprint
 
     @property
     def closed(self) -> bool:
@@ -237,16 +281,40 @@ class Communicator:
             "closed"
             if self.closed
             else f"{self._impl.channels} channels, {self.footprint() / 2**20:.1f} MiB, {_C.simd}"
+            + (f"; {self._impl.device}" if self._impl.device else "")
         )
         return f"<pycoll.Communicator rank {self.rank} of {self.world_size}: {state}>"
 
 
-def _tensor(x: Tensor | NDArray[np.generic]) -> Tensor:
+def _with_index(device: torch.device) -> torch.device:
+    """`device`, with the current one's index where it names none."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+def _is_cupy(x: object) -> bool:
+    return type(x).__module__.partition(".")[0] == "cupy"
+
+
+def _stream_of(x: object) -> AbstractContextManager[object]:
+    """Makes CuPy's current stream torch's, for CuPy arrays."""
+    if not _is_cupy(x):
+        return nullcontext()
+    import cupy
+
+    stream = cupy.cuda.get_current_stream()
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr, device=x.device.id))  # type: ignore[attr-defined]
+
+
+def _tensor(x: object) -> Tensor:
     """`x` as a torch tensor over the same memory."""
     if isinstance(x, Tensor):
         return x
+    if _is_cupy(x):
+        return torch.from_dlpack(x)
     if not isinstance(x, np.ndarray):
-        raise UnsupportedError(f"pycoll communicates torch tensors and NumPy arrays, not {type(x).__name__}")
+        raise UnsupportedError(f"pycoll communicates torch tensors, NumPy and CuPy arrays, not {type(x).__name__}")
     if not x.flags.writeable:
         raise UsageError("pycoll: the NumPy array is read-only; pass a writable copy")
     try:
@@ -257,7 +325,13 @@ def _tensor(x: Tensor | NDArray[np.generic]) -> Tensor:
 
 
 def _like(x: Array, result: Tensor) -> Array:
-    return result if isinstance(x, Tensor) else result.numpy()
+    if isinstance(x, Tensor):
+        return result
+    if _is_cupy(x):
+        import cupy
+
+        return cupy.from_dlpack(result)  # type: ignore[no-any-return]
+    return result.numpy()
 
 
 _LAUNCHERS = (  # variables that hold rank, world size and (parts of) a name of the job

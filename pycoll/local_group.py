@@ -11,7 +11,7 @@ from torch import Tensor
 from pycoll import _C
 from pycoll._build import build_info
 from pycoll.communicator import Algorithm, Op, native_config, seconds
-from pycoll.errors import Error, UnsupportedError
+from pycoll.errors import Error, UnsupportedError, UsageError
 from pycoll.tuning import CUDA, Config
 
 
@@ -68,10 +68,58 @@ class LocalGroup:
         Returns:
             The tensors.
         """
+        self._open().all_reduce(list(tensors), op, algorithm)
+        return list(tensors)
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int = 0) -> list[Tensor]:
+        """Overwrites all tensors with tensors[root]. Any dtype. Returns the tensors."""
+        self._open().broadcast(list(tensors), root)
+        return list(tensors)
+
+    def all_gather(self, tensors: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Concatenates the tensors along the first dimension, once a rank.
+
+        Args:
+            tensors: one a rank, shape (n, ...), any dtype; a scalar counts as shape (1,).
+            out: one a rank, shape (world_size * n, ...); None: new tensors. tensors[r] may be block r of out[r].
+
+        Returns:
+            `out`.
+        """
+        impl = self._open()
+        if out is None:
+            shapes = [tuple(t.shape) or (1,) for t in tensors]
+            out = [
+                t.new_empty((self.world_size * shape[0], *shape[1:])) for t, shape in zip(tensors, shapes, strict=True)
+            ]
+        impl.all_gather(list(tensors), list(out))
+        return list(out)
+
+    def reduce_scatter(
+        self, tensors: Sequence[Tensor], op: Op = "sum", *, out: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Combines the tensors elementwise; rank r gets block r of `world_size` equal blocks along dimension 0.
+
+        Args:
+            tensors: one a rank, shape (world_size * n, ...), a dtype that all_reduce takes.
+            op: as in all_reduce.
+            out: one a rank, shape (n, ...); None: new tensors. out[r] may be block r of tensors[r].
+
+        Returns:
+            `out`.
+        """
+        impl = self._open()
+        if any(t.dim() == 0 or t.shape[0] % self.world_size for t in tensors):
+            raise UsageError(f"pycoll: reduce_scatter needs a first dimension that {self.world_size} ranks divide")
+        if out is None:
+            out = [t.new_empty((t.shape[0] // self.world_size, *t.shape[1:])) for t in tensors]
+        impl.reduce_scatter(list(tensors), list(out), op)
+        return list(out)
+
+    def _open(self) -> _C.LocalGroup:
         if self._impl is None:
             raise Error("pycoll: the local group is closed")
-        self._impl.all_reduce(list(tensors), op, algorithm)
-        return list(tensors)
+        return self._impl
 
     def footprint(self) -> int:
         """Bytes of device memory of all ranks together."""

@@ -21,6 +21,9 @@ class Config:
             as the machine's memory, at most 64 GiB.
         one_shot_max_bytes: `auto` takes one-shot up to this size and two-shot above. None: by world size.
         channel_min_bytes: one channel more for each so many bytes of the tensor.
+        word_bytes: GPUs only: what a channel sends each peer at once by the low-latency algorithms; 0: they are off.
+        one_shot_ll_max_bytes: GPUs only: `auto` takes one_shot_ll up to this size,
+        two_shot_ll_max_bytes: and two_shot_ll up to this one.
     """
 
     channels: int = 0
@@ -30,6 +33,9 @@ class Config:
     heap_bytes: int | None = None
     one_shot_max_bytes: int | None = None
     channel_min_bytes: int = 512 * KiB
+    word_bytes: int = 0
+    one_shot_ll_max_bytes: int = 0
+    two_shot_ll_max_bytes: int = 0
 
 
 # World size up to -> largest tensor that one-shot takes (bytes). Each rank reads all slots, so the more ranks, the
@@ -43,5 +49,15 @@ def one_shot_max_bytes(world_size: int) -> int:
     return fitting[0] if fitting else 8 * KiB
 
 
-# A GPU's channels are blocks: many, each with little.
-CUDA = Config(slot_bytes=64 * KiB, link_bytes=16 * KiB, heap_bytes=0, channel_min_bytes=16 * KiB)
+# A GPU's channels are blocks: many, each with little. Words save the barriers, and cost twice the traffic. The heap is
+# address space, of which GPUs have much. Not measured on GPUs yet.
+CUDA = Config(
+    slot_bytes=128 * KiB,
+    link_bytes=16 * KiB,
+    heap_bytes=256 * GiB,
+    one_shot_max_bytes=0,
+    channel_min_bytes=16 * KiB,
+    word_bytes=8 * KiB,
+    one_shot_ll_max_bytes=32 * KiB,
+    two_shot_ll_max_bytes=256 * KiB,
+)

@@ -10,7 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pycoll.benchmarks import all_reduce, bars, ceiling_ranks, mpi, plot, ranks, report, summary, timing, values
+from pycoll.benchmarks import (
+    all_reduce,
+    bars,
+    ceiling_ranks,
+    gpu,
+    gpu_ranks,
+    mpi,
+    plot,
+    ranks,
+    report,
+    summary,
+    tensors,
+    timing,
+    values,
+)
 from pycoll.benchmarks.driver import Contest
 from pycoll.benchmarks.groups import GroupFailed, Launch, RankGroup
 
@@ -107,6 +121,8 @@ def test_error_tells_right_from_wrong(dtype: str) -> None:
     limit = values.tolerance(world, dtype)
     assert 0 < values.sum_error(raw, world, dtype) <= limit
     assert values.sum_error(np.roll(raw, 1), world, dtype) > limit, "data at a wrong place"
+    if dtype != "float64":
+        assert tensors.sum_error(result, world) == pytest.approx(values.sum_error(raw, world, dtype))
     raw[-1] = inputs[0][-1]
     assert values.sum_error(raw, world, dtype) > limit, "one element that was not reduced"
 
@@ -250,6 +266,250 @@ def test_a_small_run(tmp_path: Path) -> None:
         assert (measured["error"] is None) == (measured["who"] == report.CEILING)
     assert found["machine"]["cores"] > 0 and found["facts"]["pycoll"]["footprint"] > 0
     assert (tmp_path / "all_reduce-2-ranks-float32.png").stat().st_size > 10_000
+
+
+# On GPUs; what is measured there is a CPU's here
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [1, values.PERIOD, 3 * values.PERIOD - 1, 10_000])
+def test_tensors_hold_the_same_values(dtype: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_CHUNK", 2 * values.PERIOD)
+    x = torch.empty(count, dtype=getattr(torch, dtype))
+    buffer = np.empty(count, values.storage(dtype))
+    for rank in range(2):
+        tensors.load_pattern(x, rank)
+        values.load_pattern(buffer, rank, dtype)
+        assert (x.view(torch.uint16) if dtype == "bfloat16" else x).numpy().tobytes() == buffer.tobytes()
+    assert tensors.sum_error(x, 1) > 0.1, "rank 1's values are not rank 0's"
+    tensors.load_pattern(x, 0)
+    assert tensors.sum_error(x, 1) == 0
+    x[-1] = float("nan")
+    assert tensors.sum_error(x, 1) == float("inf")
+
+
+GPU_RANK = """
+import os, sys, time
+import torch, torch.distributed as dist
+import pycoll
+from functools import partial
+from pycoll.benchmarks import gpu_ranks, ranks
+
+rank, world_size = int(os.environ[ranks.RANK_VARIABLE]), int(os.environ[ranks.WORLD_VARIABLE])
+if sys.argv[1] == "absent":
+    raise SystemExit("it is not there")
+comm = pycoll.Communicator(dist.FileStore(sys.argv[2], world_size), rank, world_size, timeout=30.0)
+
+def allocate(count, dtype):
+    return torch.empty(count, dtype=getattr(torch, dtype))
+
+def refuse(count, dtype):
+    if rank == 1 and dtype == "bfloat16":
+        raise ValueError("no\\nroom")
+    return allocate(count, dtype)
+
+def watch(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+def into_another(x):  # as torch's one-shot
+    return lambda: comm.all_reduce(x, out=torch.empty_like(x))
+
+def wrong(x):
+    return lambda: comm.all_reduce(x).add_(1)
+
+in_place = lambda x: partial(comm.all_reduce, x)
+contenders = {
+    "pycoll": {("pycoll", "auto", "private", "eager"): gpu_ranks.Contender(allocate, in_place),
+               ("pycoll", "auto", "symmetric", "eager"): gpu_ranks.Contender(allocate, into_another)},
+    "NCCL": {("NCCL", "default", "private", "eager"): gpu_ranks.Contender(refuse, in_place)},
+    "wrong": {("wrong", "default", "private", "eager"): gpu_ranks.Contender(allocate, wrong)},
+}
+gpu_ranks.GpuRank(rank, world_size, contenders[sys.argv[1]], lambda: {"torch": torch.__version__}, watch).serve()
+"""
+SETTING = gpu.Setting(ranks=2, gpus=1, gpu="a GPU", free_bytes=2**34)
+
+
+@pytest.fixture
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries of the benchmark are ranks on the CPU, by their names."""
+
+    def launches(config: gpu.GpuBench, setting: gpu.Setting, folder: Path) -> list[tuple[Launch, int]]:
+        return [
+            (Launch(name, [sys.executable, "-c", GPU_RANK, name, str(folder / name)]), setting.ranks)
+            for name in config.contenders
+        ]
+
+    monkeypatch.setattr(gpu, "find_setting", lambda config: SETTING)
+    monkeypatch.setattr(gpu, "launches", launches)
+
+
+@pytest.mark.usefixtures("without_gpus")
+def test_a_small_run_on_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = gpu.GpuBench(
+        smallest="8B", largest="1KiB", factor=128, contenders=("pycoll", "NCCL", "absent"), output=tmp_path
+    )
+    assert gpu.main(config) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["size"] for row in found["rows"]] == [8] * 3 + [1024] * 3 + [8] * 2 + [1024] * 2
+    assert {row["memory"] for row in found["rows"] if row["who"] == "pycoll"} == {"private", "symmetric"}
+    for row in found["rows"]:
+        assert (row["ranks"], row["mode"]) == (2, "eager") and row["error"] < 0.01
+        assert row["busbw"] == row["algbw"] == pytest.approx(row["size"] / row["seconds"])  # for two ranks
+        assert (row["x_nccl"] is None) == (row["dtype"] == "bfloat16")
+    assert found["left_out"] == [
+        "absent: it is not there",
+        "NCCL default private eager at 8 B, 1 KiB: ValueError: no room",
+    ]
+    assert found["machine"]["gpu"] == "a GPU" and found["facts"]["NCCL"]["torch"] == torch.__version__
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "Left out: absent: it is not there" in shown and "x NCCL" in shown
+
+
+@pytest.mark.usefixtures("without_gpus")
+def test_a_wrong_result_and_a_missing_pycoll_fail_the_run(tmp_path: Path) -> None:
+    config = gpu.GpuBench(smallest="8B", largest="8B", dtypes=("float32",), output=tmp_path)
+    config.contenders = ("pycoll", "wrong")  # type: ignore[assignment]
+    assert gpu.main(config) == 1
+    assert "wrong result" in json.loads((tmp_path / "gpu.json").read_text())["failures"][0]
+    config.contenders = ("absent",)  # type: ignore[assignment]
+    assert gpu.main(config) == 1
+
+
+@pytest.mark.usefixtures("without_gpus")
+def test_no_size_is_begun_late_or_without_room(tmp_path: Path) -> None:
+    config = gpu.GpuBench(smallest="8B", largest="4GiB", factor=2**29, seconds=-1.0, output=tmp_path)
+    config.contenders = ("pycoll",)
+    found = gpu.measure(config, SETTING)
+    assert found.left_out == ["8 B: -1 s were over before", "4 GiB: the tensors do not fit in the memory that is free"]
+
+
+def test_a_machine_without_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(gpu.GpuBench()) == 2
+    assert capfd.readouterr().err == "pycoll bench gpu: there is no CUDA GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "ranks", "shared", "modes"),
+    [
+        (1, 0, 2, True, ("eager",)),
+        (1, 3, 3, True, ("eager",)),
+        (8, 0, 8, False, ("eager", "graph")),
+        (8, 2, 2, False, ("eager", "graph")),
+        (2, 4, 4, True, ("eager",)),
+    ],
+)
+def test_ranks_share_a_gpu_where_there_are_too_few(
+    gpus: int, wanted: int, ranks: int, shared: bool, modes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, gpus)
+    setting = gpu.find_setting(gpu.GpuBench(ranks=wanted))
+    assert (setting.ranks, setting.shared, setting.modes) == (ranks, shared, modes)
+    launched = gpu.launches(gpu.GpuBench(algorithms=("auto", "ring")), setting, Path("meet"))
+    assert [(launch.name, count) for launch, count in launched] == [
+        (name, 1 if peer == "copy" else ranks) for peer, name in gpu.NAMES.items()
+    ]
+    assert launched[0][0].command[-4:] == ["pycoll", "meet/pycoll", ",".join(modes), "auto,ring"]
+    assert all(("NCCL_MULTI_RANK_GPU_ENABLE" in launch.environment) == shared for launch, _ in launched)
+    assert set(gpu_ranks.RANKS) == set(gpu.NAMES) and set(modes) <= set(gpu_ranks.MODES)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int, built: bool = True) -> None:
+    """That this machine has GPUs, and that pycoll was built for them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
+    monkeypatch.setattr(gpu, "build_info", lambda: {"cuda": {"built": built, "reason": "there is no nvcc"}})
+
+
+@pytest.mark.parametrize(
+    ("config", "built", "message"),
+    [
+        (gpu.GpuBench(), False, "built without CUDA: there is no nvcc"),
+        (gpu.GpuBench(ranks=1), True, "2 ranks or more"),
+        (gpu.GpuBench(contenders=()), True, "at least one"),
+        (gpu.GpuBench(smallest="1MiB", largest="1KiB"), True, "rise"),
+    ],
+)
+def test_bad_options_on_gpus_are_explained(
+    config: gpu.GpuBench,
+    built: bool,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch, 1, built)
+    assert gpu.main(config) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_tensors_of_all_ranks_on_a_gpu_must_fit() -> None:
+    assert SETTING.fits(2**29) and not SETTING.fits(2**30)
+
+
+def test_old_nccl_takes_one_rank_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    seat = gpu_ranks.Seat(torch.distributed.HashStore(), 0, 2, ("eager",), ("auto",))
+    with pytest.raises(SystemExit, match=r"NCCL 2\.28\.9 takes one rank a GPU: 2\.30 or newer takes more"):
+        gpu_ranks._check_sharing(seat, (2, 28, 9))
+    gpu_ranks._check_sharing(seat, (2, 30, 4))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu_ranks._check_sharing(seat, (2, 28, 9))
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        ("CuPy's NCCL: 0 of 2 ranks started, exit codes [1]\nit is not there\n", "CuPy's NCCL: it is not there"),
+        (
+            "NCCL: 0 of 2 ranks started, exit codes [1]\nTraceback (most recent call last):\n  File x\n"
+            "torch.distributed.DistBackendError: NCCL error: invalid usage\nncclInvalidUsage: This is a bug.\n[W] bye",
+            "NCCL: torch.distributed.DistBackendError: NCCL error: invalid usage",
+        ),
+        (
+            "torch symm_mem: ranks did not reply to ('time',) within 90 s",
+            "torch symm_mem: ranks did not reply to ('time',)",
+        ),
+        ("pycoll", "pycoll: no reason given"),
+    ],
+)
+def test_a_failure_is_told_in_a_line(failure: str, line: str) -> None:
+    assert gpu.brief(failure).startswith(line) and "\n" not in gpu.brief(failure)
+
+
+def gpu_report(dtype: str) -> report.Report:
+    found = report.Report("gpu", 4, dtype, MACHINE)
+    for mode, seconds in (("eager", 2e-5), ("graph", 1e-5)):
+        found.rows += [
+            row(MIB, seconds, "pycoll", "auto", call=mode),
+            row(MIB, seconds / 2, "pycoll", "auto", "symmetric", mode),
+            row(MIB, seconds * 3, "NCCL", call=mode),
+            row(MIB, seconds / 4, report.CEILING, "copy", call=mode),
+        ]
+    return found
+
+
+def test_the_table_of_gpus_compares_with_nccl_in_the_same_mode(tmp_path: Path) -> None:
+    setting = gpu.Setting(4, 4, "a GPU", 2**34)
+    found = gpu.Found(setting, [gpu_report("float32"), gpu_report("bfloat16")], ["torch symm_mem: no peer access"])
+    assert gpu.table(found).row_count == 16
+    assert gpu.caption(found).plain == "Left out: torch symm_mem: no peer access"
+    measured = json.loads(gpu.to_json(found))["rows"]
+    ratios = {(r["memory"], r["mode"]): r["x_nccl"] for r in measured if r["who"] == "pycoll"}
+    expected = {"private": 3, "symmetric": 6}
+    assert ratios == {(m, mode): pytest.approx(expected[m]) for m in expected for mode in ("eager", "graph")}
+    assert measured[0]["busbw"] == pytest.approx(1.5 * MIB / 2e-5)
+    gpu.draw(found, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert gpu.succeeded(found)
+    found.reports[0].failures.append("NCCL: gone")
+    assert gpu.succeeded(found)
+    found.reports[1].failures.append("pycoll: gone")
+    assert not gpu.succeeded(found)
 
 
 def test_readme_shows_committed_results() -> None:

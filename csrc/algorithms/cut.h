@@ -5,6 +5,7 @@
 #include "core/layout.h"
 #include "core/partition.h"
 #include "core/record.h"
+#include "core/words.h"
 
 namespace pycoll {
 
@@ -25,7 +26,12 @@ PYCOLL_HD Partition cut(const CallRecord& r, const Geometry& g, int channel, int
     case Algorithm::kTree:
       return {share, buffer, 1};
     case Algorithm::kTwoShot:
+    case Algorithm::kMultimem:
       return {share, place, g.world};
+    case Algorithm::kOneShotLl:
+      return {share, word_capacity(g, 1) * kUnitBytes / element / kGrain * kGrain, 1};
+    case Algorithm::kTwoShotLl:
+      return {share, word_capacity(g, 2) * kUnitBytes / element / kGrain * kGrain, g.world};
     default:
       return {share, slot, 1};
   }

@@ -40,6 +40,14 @@ struct ChannelLinks {
     tree.turn = {up_recv, n.child_count, down_send, n.child_count};
     tree.down = {&down_recv, parents, down_send, n.child_count};
   }
+  template <class Algorithm>
+  PYCOLL_HD const Algorithm& of() const {
+    if constexpr (std::is_same_v<Algorithm, RingAllReduce>) {
+      return ring;
+    } else {
+      return tree;
+    }
+  }
   ChannelLinks(const ChannelLinks&) = delete;  // the algorithms point into it
 };
 

@@ -3,6 +3,7 @@
 
 #include "core/channel.h"
 #include "core/window.h"
+#include "core/words.h"
 
 namespace pycoll {
 
@@ -30,6 +31,27 @@ PYCOLL_HD bool run_window(Window<Exec>& w, const Enter& enter) {
       w.begin_combine(k);
       Algorithm::collect(w);
     }
+  }
+  return true;
+}
+
+// Exchanges of words, one a round. The rank announces its call in the cell of a barrier for which it does not wait: a
+// rank that calls something else finds it there.
+template <class Algorithm, class Exec>
+PYCOLL_HD bool run_words(Exec& exec, const Operation& op, const PeerTable& table, int channel, WindowState& state,
+                         const CallRecord& mine) {
+  const uint64_t epoch = ++state.epoch;
+  if (exec.leader()) {
+    Cell& cell = table.barrier_cell(op.rank, channel, epoch);
+    cell.record = mine;
+    exec.post(cell, epoch);
+  }
+  Words<Exec> w(exec, op, table, channel, state, mine, Algorithm::kAreas);
+  const size_t rounds = w.rounds();
+  for (size_t k = 0; k < rounds; ++k) {
+    if (!w.begin(k)) return false;
+    Algorithm::exchange(w);
+    if (!w.end()) return false;
   }
   return true;
 }

@@ -23,6 +23,16 @@ namespace order = std;
 #endif
 
 template <class T>
+PYCOLL_HD T load_relaxed(const T& word) {
+  return AtomicRef<T>(const_cast<T&>(word)).load(order::memory_order_relaxed);
+}
+
+template <class T>
+PYCOLL_HD void store_relaxed(T& word, T value) {
+  AtomicRef<T>(word).store(value, order::memory_order_relaxed);
+}
+
+template <class T>
 PYCOLL_HD T load_acquire(const T& word) {
   return AtomicRef<T>(const_cast<T&>(word)).load(order::memory_order_acquire);
 }

@@ -115,6 +115,25 @@ PYCOLL_HD bool all_aligned(const CombineArgs& a, size_t index) {
 
 }  // namespace strided
 
+// 8 bytes of elements of each of `count` ranks, reduced in order and finalized.
+template <class T, ReduceOp Op>
+PYCOLL_HD uint64_t reduce_unit(const uint64_t* units, int count) {
+  constexpr Reduce<Op> kReduce;
+  constexpr size_t kN = sizeof(uint64_t) / sizeof(T);
+  T elements[kN];
+  Accumulator<T> sum[kN];
+  __builtin_memcpy(elements, &units[0], sizeof elements);
+  for (size_t j = 0; j < kN; ++j) sum[j] = widen(elements[j]);
+  for (int k = 1; k < count; ++k) {
+    __builtin_memcpy(elements, &units[k], sizeof elements);
+    for (size_t j = 0; j < kN; ++j) sum[j] = kReduce(sum[j], widen(elements[j]));
+  }
+  for (size_t j = 0; j < kN; ++j) elements[j] = narrow<T>(kReduce.finalize(sum[j], count));
+  uint64_t result;
+  __builtin_memcpy(&result, elements, sizeof result);
+  return result;
+}
+
 // The share of thread g.thread() of the g.size() threads that call this together: 16-byte vectors from the first
 // element on at which all pointers are aligned, single elements before and after, or everywhere where they never are.
 template <class T, ReduceOp Op, class Group>

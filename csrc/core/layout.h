@@ -18,11 +18,12 @@ constexpr int kLinkBuffers = 3;  // ring and tree are never in flight together: 
 // The same on all ranks: agreed when they attach.
 struct Geometry {
   int world;
-  int channels;       // independent lanes: threads, blocks
-  int link_slots;     // buffers a connection has, at least 2
-  size_t slot_bytes;  // a window slot; each channel has two
-  size_t link_bytes;  // one buffer of a connection
-  size_t heap_bytes;  // address space for user tensors; memory is taken as they are made
+  int channels;           // independent lanes: threads, blocks
+  int link_slots;         // buffers a connection has, at least 2
+  size_t slot_bytes;      // a window slot; each channel has two
+  size_t link_bytes;      // one buffer of a connection
+  size_t heap_bytes;      // address space for user tensors; memory is taken as they are made
+  size_t word_bytes = 0;  // what one rank may send another at once in words (core/words.h), flags included; 0: nothing
 
   static constexpr size_t kControlBytes = 4096;
   static constexpr size_t kPage = size_t{2} << 20;
@@ -33,9 +34,10 @@ struct Geometry {
     return round_up(cells_offset() + channels * cells_per_channel() * sizeof(Cell), 4096);
   }
   PYCOLL_HD size_t links_offset() const { return slots_offset() + channels * 2 * slot_bytes; }
-  PYCOLL_HD size_t scratch_bytes() const {
+  PYCOLL_HD size_t words_offset() const {
     return links_offset() + static_cast<size_t>(channels) * kLinkBuffers * link_slots * link_bytes;
   }
+  PYCOLL_HD size_t scratch_bytes() const { return words_offset() + channels * 2 * world * word_bytes; }
   PYCOLL_HD size_t heap_offset() const { return round_up(scratch_bytes(), kPage); }
   PYCOLL_HD size_t segment_bytes() const { return heap_offset() + heap_bytes; }
   PYCOLL_HD size_t place_bytes() const { return slot_bytes / world / 64 * 64; }  // one rank's place in a slot
@@ -44,7 +46,8 @@ struct Geometry {
 struct PeerTable {
   int rank;
   Geometry geometry;
-  std::byte* const* base;  // [world] every rank's segment, mapped here
+  std::byte* const* base;          // [world] every rank's segment, mapped here
+  std::byte* multicast = nullptr;  // all segments at once, through the switch that joins the GPUs, where there is one
 
   PYCOLL_HD Cell& cell(int r, int channel, size_t index) const {
     return reinterpret_cast<Cell*>(base[r] + geometry.cells_offset())[channel * geometry.cells_per_channel() + index];
@@ -59,6 +62,11 @@ struct PeerTable {
   }
   PYCOLL_HD std::byte* slot(int r, int channel, uint64_t parity) const {
     return base[r] + geometry.slots_offset() + (2 * channel + parity) * geometry.slot_bytes;
+  }
+  // Where rank `from` leaves words for rank `r`.
+  PYCOLL_HD uint64_t* words(int r, int channel, uint64_t parity, int from) const {
+    const size_t place = (2 * channel + parity) * geometry.world + from;
+    return reinterpret_cast<uint64_t*>(base[r] + geometry.words_offset() + place * geometry.word_bytes);
   }
   PYCOLL_HD std::byte* link_buffers(int receiver, int channel, LinkKind kind) const {
     const int buffer = kind == kTreeDown ? 2 : kind == kTreeUp1 ? 1 : 0;

@@ -15,11 +15,13 @@ constexpr const char* name(Collective c) {
   return names[static_cast<int>(c)];
 }
 
-// kDirect stands for the one way in which the other collectives run.
-enum class Algorithm : uint8_t { kOneShot, kTwoShot, kRing, kTree, kDirect };
+// kDirect stands for the one way in which the other collectives run. The low-latency (LL) variants and multimem are for
+// GPUs alone.
+enum class Algorithm : uint8_t { kOneShot, kTwoShot, kRing, kTree, kOneShotLl, kTwoShotLl, kMultimem, kDirect };
 
 constexpr const char* name(Algorithm a) {
-  constexpr const char* names[] = {"one_shot", "two_shot", "ring", "tree", "direct"};
+  constexpr const char* names[] = {"one_shot",    "two_shot",    "ring",     "tree",
+                                   "one_shot_ll", "two_shot_ll", "multimem", "direct"};
   return names[static_cast<int>(a)];
 }
 
@@ -37,6 +39,17 @@ struct CallRecord {
   Algorithm algorithm;
   uint64_t shape;  // what else the caller wants compared, as one number: sizes, the type behind bytes
 };
+
+// What same_call compares, in 32 bits.
+PYCOLL_HD uint32_t digest(const CallRecord& r) {
+  const uint64_t kinds = static_cast<uint64_t>(r.collective) << 24 | static_cast<uint64_t>(r.dtype) << 16 |
+                         static_cast<uint64_t>(r.op) << 8 | static_cast<uint64_t>(r.algorithm);
+  uint64_t hash = 14695981039346656037u;  // FNV-1a, over 64-bit words
+  for (const uint64_t part : {r.sequence, r.count, static_cast<uint64_t>(r.root), kinds, r.shape}) {
+    hash = (hash ^ part) * 1099511628211u;
+  }
+  return static_cast<uint32_t>(hash >> 32);
+}
 
 // Whether two ranks make the same call. Where their tensors lie does not matter.
 PYCOLL_HD bool same_call(const CallRecord& a, const CallRecord& b) {

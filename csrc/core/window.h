@@ -13,10 +13,11 @@
 
 namespace pycoll {
 
-// What a channel keeps from call to call: barriers and publishes so far. Private to the rank, equal on all ranks.
+// What a channel keeps from call to call: barriers, publishes and exchanges so far. Private to the rank, equal on all ranks.
 struct WindowState {
   uint64_t epoch = 0;
   uint64_t publishes = 0;
+  uint64_t exchanges = 0;  // of words
 };
 
 template <class Exec>
@@ -57,6 +58,10 @@ class Window {
 
   PYCOLL_HD void stage_chunk(int c) {
     if (mine_.in_offset != kNotMapped) return;
+    const Span s = op_.partition.at(round_, c);
+    exec_.copy(place(rank(), c), input(s), bytes(s));
+  }
+  PYCOLL_HD void stage_chunk_always(int c) {  // multimem: the switch knows slots, not tensors
     const Span s = op_.partition.at(round_, c);
     exec_.copy(place(rank(), c), input(s), bytes(s));
   }
@@ -113,12 +118,24 @@ class Window {
     if (dst != src) exec_.copy(dst, src, bytes(to));
   }
 
+  // Multimem: the switch adds chunk `c` of all ranks' slots, and writes the sum into all of them.
+  PYCOLL_HD void reduce_in_switch(int c) {
+    const size_t offset = static_cast<size_t>(place(rank(), c) - peers_.base[rank()]);
+    exec_.reduce_in_switch(peers_, offset, op_.partition.at(round_, c).length);
+  }
+
   // ---- collect: what rank c computed, from its slot ----
 
   PYCOLL_HD void collect_chunk(int c) {
     if (mine_.out_offset != kNotMapped) return;  // it wrote my tensor itself
     const Span s = op_.partition.at(round_, c);
     exec_.copy(op_.out + s.offset * op_.element_bytes, place(c, c), bytes(s));
+  }
+
+  // Multimem: what the owners wrote into my own slot.
+  PYCOLL_HD void collect_own(int c) {
+    const Span s = op_.partition.at(round_, c);
+    exec_.copy(op_.out + s.offset * op_.element_bytes, place(rank(), c), bytes(s));
   }
 
   // All ranks on this channel have done what came before. False: failed, give up.

@@ -1,16 +1,12 @@
 #include "cpu/attach.h"
 
-#include <poll.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <thread>
 
 #include "core/atomic.h"
+#include "cpu/descriptors.h"
 #include "cpu/error.h"
 
 namespace pycoll::cpu {
@@ -22,30 +18,9 @@ constexpr const char* kReachedAll = "0";    // else the kind of the error and it
 
 struct Hello {
   uint64_t protocol;
-  char token[33];  // names the socket and proves that a sender has read the store
+  char token[33];  // of the rank's DescriptorBox
   int32_t world, cores;
   Config wishes;
-};
-
-struct Push {  // one message, together with two descriptors: segment and liveness page
-  char token[33];
-  int32_t sender;
-};
-
-// It as sendmsg and recvmsg take it, with room for the descriptors.
-struct Parcel {
-  Push message{};
-  iovec data{&message, sizeof(message)};
-  alignas(cmsghdr) char room[CMSG_SPACE(2 * sizeof(int))] = {};
-  msghdr header{};
-
-  Parcel() {
-    header.msg_iov = &data;
-    header.msg_iovlen = 1;
-    header.msg_control = room;
-    header.msg_controllen = sizeof(room);
-  }
-  Parcel(const Parcel&) = delete;
 };
 
 template <class T>
@@ -65,15 +40,6 @@ std::string list(const std::vector<int>& ranks) {
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
   for (size_t i = 0; i < ranks.size() && i < 16; ++i) text += (i ? ", " : "") + std::to_string(ranks[i]);
   return ranks.size() > 16 ? text + ", ..." : text;
-}
-
-sockaddr_un address_of(const char* token, socklen_t& length) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  const std::string name = std::string("pycoll-") + token;  // abstract: sun_path begins with a zero byte
-  std::memcpy(address.sun_path + 1, name.data(), name.size());
-  length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
-  return address;
 }
 
 class Attach {
@@ -116,15 +82,7 @@ class Attach {
   std::string key(const char* what, int rank) const { return prefix_ + what + "/" + std::to_string(rank); }
 
   void listen_and_greet() {
-    const std::string token = random_token();
-    std::memcpy(mine_.token, token.c_str(), sizeof(mine_.token));
-    listener_ = Fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    socklen_t length = 0;
-    const sockaddr_un address = address_of(mine_.token, length);
-    if (!listener_ || bind(listener_.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0 ||
-        listen(listener_.get(), world_) != 0) {
-      throw_errno("opening a local socket failed");
-    }
+    std::memcpy(mine_.token, box_.token().c_str(), sizeof(mine_.token));
     mine_.protocol = kProtocol;
     mine_.world = world_;
     mine_.cores = available_cores();
@@ -182,18 +140,13 @@ class Attach {
 
   // The minimum of all wishes; then this rank's segment in that shape.
   void settle(const std::vector<Hello>& hellos, Attachment& a) {
-    Config c = hellos[0].wishes;
+    std::vector<Config> wishes;
     a.cores = hellos[0].cores;
     for (const Hello& h : hellos) {
-      c.channels = std::min(c.channels, h.wishes.channels);
-      c.link_slots = std::min(c.link_slots, h.wishes.link_slots);
-      c.slot_bytes = std::min(c.slot_bytes, h.wishes.slot_bytes);
-      c.link_bytes = std::min(c.link_bytes, h.wishes.link_bytes);
-      c.heap_bytes = std::min(c.heap_bytes, h.wishes.heap_bytes);
-      c.one_shot_max_bytes = std::min(c.one_shot_max_bytes, h.wishes.one_shot_max_bytes);
-      c.channel_min_bytes = std::min(c.channel_min_bytes, h.wishes.channel_min_bytes);
+      wishes.push_back(h.wishes);
       a.cores = std::min(a.cores, h.cores);
     }
+    const Config c = Config::least(wishes);
     a.rank = rank_;
     a.one_shot_max_bytes = c.one_shot_max_bytes;
     a.channel_min_bytes = std::max<size_t>(c.channel_min_bytes, 1);
@@ -215,36 +168,17 @@ class Attach {
 
   void push_to_all(const std::vector<Hello>& hellos) {
     std::vector<int> unreached;
+    const int descriptors[] = {segment_.get(), liveness_fd_};
     for (int r = 0; r < world_; ++r) {
-      if (r != rank_ && !push(hellos[r].token)) unreached.push_back(r);
+      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
+      const auto patience = std::max(left, std::chrono::milliseconds(1000));
+      if (r != rank_ && !DescriptorBox::send(hellos[r].token, rank_, 0, descriptors, patience)) unreached.push_back(r);
     }
     if (unreached.empty()) return;
     throw Error(ErrorKind::kUnsupported,
                 "pycoll: rank " + std::to_string(rank_) + " shares no memory with " + list(unreached) +
                     ": all ranks must run on one machine, in one network namespace and as one user",
                 unreached.front());
-  }
-
-  bool push(const char* token) {
-    const Fd s(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (!s) throw_errno("opening a local socket failed");
-    // A full queue makes connect wait for the listener; it must not do so for ever.
-    const timeval patience{
-        std::max<long>(1, std::chrono::duration_cast<std::chrono::seconds>(deadline_ - Clock::now()).count()), 0};
-    setsockopt(s.get(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
-    socklen_t length = 0;
-    const sockaddr_un address = address_of(token, length);
-    if (connect(s.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) return false;
-    Parcel parcel;
-    std::memcpy(parcel.message.token, token, sizeof(parcel.message.token));
-    parcel.message.sender = rank_;
-    cmsghdr* rights = CMSG_FIRSTHDR(&parcel.header);
-    rights->cmsg_level = SOL_SOCKET;
-    rights->cmsg_type = SCM_RIGHTS;
-    rights->cmsg_len = CMSG_LEN(2 * sizeof(int));
-    const int fds[2] = {segment_.get(), liveness_fd_};
-    std::memcpy(CMSG_DATA(rights), fds, sizeof(fds));
-    return sendmsg(s.get(), &parcel.header, MSG_NOSIGNAL) == sizeof(Push);
   }
 
   void hear_others() {
@@ -258,11 +192,8 @@ class Attach {
   void take_in(Attachment& a) {
     a.liveness.resize(world_);
     for (int missing = world_ - 1; missing > 0;) {
-      pollfd p{listener_.get(), POLLIN, 0};
-      poll(&p, 1, 20);
-      const Fd s(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-      if (s) {
-        missing -= take_one(s, a);
+      if (std::optional<Delivery> delivery = box_.take(std::chrono::milliseconds(20))) {
+        missing -= map(*delivery, a);
       } else if (Clock::now() > deadline_) {
         throw Error(ErrorKind::kTimeout, "pycoll: a peer's segment did not arrive in time");
       } else {
@@ -272,28 +203,14 @@ class Attach {
     for (const Mapping& m : a.segments) a.base.push_back(m.data());
   }
 
-  int take_one(const Fd& s, Attachment& a) {
-    ucred credentials{};
-    socklen_t length = sizeof(credentials);
-    const timeval patience{1, 0};
-    setsockopt(s.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
-    getsockopt(s.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &length);
-    if (credentials.uid != geteuid()) return 0;
-    Parcel parcel;
-    const ssize_t got = recvmsg(s.get(), &parcel.header, MSG_CMSG_CLOEXEC);
-    const cmsghdr* rights = got > 0 ? CMSG_FIRSTHDR(&parcel.header) : nullptr;
-    if (rights == nullptr || rights->cmsg_type != SCM_RIGHTS || rights->cmsg_len != CMSG_LEN(2 * sizeof(int))) return 0;
-    int fds[2];
-    std::memcpy(fds, CMSG_DATA(rights), sizeof(fds));
-    const Fd segment(fds[0]), liveness(fds[1]);
-    const int r = parcel.message.sender;
-    const bool expected = got == sizeof(Push) &&
-                          std::memcmp(parcel.message.token, mine_.token, sizeof(mine_.token)) == 0 && r >= 0 &&
-                          r < world_ && r != rank_ && a.segments[r].data() == nullptr;
+  int map(const Delivery& delivery, Attachment& a) {
+    const int r = delivery.sender;
+    const bool expected =
+        delivery.descriptors.size() == 2 && r >= 0 && r < world_ && r != rank_ && a.segments[r].data() == nullptr;
     if (!expected) return 0;
-    a.segments[r] = Mapping(segment.get(), a.geometry.segment_bytes());
+    a.segments[r] = Mapping(delivery.descriptors[0].get(), a.geometry.segment_bytes());
     prefault(a.segments[r].data(), a.geometry.scratch_bytes());
-    a.liveness[r] = PeerLiveness(liveness);
+    a.liveness[r] = PeerLiveness(delivery.descriptors[1]);
     return 1;
   }
 
@@ -304,11 +221,29 @@ class Attach {
   const std::function<void()>& interrupt_;
   std::string prefix_;
   Hello mine_{};
-  Fd listener_, segment_;
+  DescriptorBox box_{world_};
+  Fd segment_;
   int liveness_fd_ = -1;
 };
 
 }  // namespace
+
+Config Config::least(const std::vector<Config>& wishes) {
+  Config c = wishes[0];
+  for (const Config& w : wishes) {
+    c.channels = std::min(c.channels, w.channels);
+    c.link_slots = std::min(c.link_slots, w.link_slots);
+    c.slot_bytes = std::min(c.slot_bytes, w.slot_bytes);
+    c.link_bytes = std::min(c.link_bytes, w.link_bytes);
+    c.heap_bytes = std::min(c.heap_bytes, w.heap_bytes);
+    c.one_shot_max_bytes = std::min(c.one_shot_max_bytes, w.one_shot_max_bytes);
+    c.channel_min_bytes = std::min(c.channel_min_bytes, w.channel_min_bytes);
+    c.word_bytes = std::min(c.word_bytes, w.word_bytes);
+    c.one_shot_ll_max_bytes = std::min(c.one_shot_ll_max_bytes, w.one_shot_ll_max_bytes);
+    c.two_shot_ll_max_bytes = std::min(c.two_shot_ll_max_bytes, w.two_shot_ll_max_bytes);
+  }
+  return c;
+}
 
 std::shared_ptr<Attachment> attach(Store& store, int rank, int world, const Config& config, Clock::time_point deadline,
                                    const std::function<void()>& interrupt) {

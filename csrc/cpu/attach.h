@@ -43,7 +43,14 @@ struct Config {
   size_t heap_bytes = 0;
   size_t one_shot_max_bytes = size_t{32} << 10;  // `auto` takes one-shot to here, two-shot above
   size_t channel_min_bytes = size_t{512} << 10;  // a channel more for so many bytes of the tensor
+  // GPUs only: words (core/words.h), and up to which size `auto` takes the algorithms that use them.
+  size_t word_bytes = 0, one_shot_ll_max_bytes = 0, two_shot_ll_max_bytes = 0;
+
+  // Of each wish the least.
+  static Config least(const std::vector<Config>& wishes);
 };
+
+constexpr int kMostDeviceRanks = 16;  // of a communicator whose tensors are on GPUs
 
 // The page at the beginning of each segment, written by its owner alone.
 struct Control {
@@ -53,6 +60,8 @@ struct Control {
   int32_t culprit;
   char text[1024];
   uint32_t waits_for;  // 1 + the rank that this one waits for by now more than an instant, else 0
+  // For csrc/torch/cuda: how much of each rank's heap on a GPU this rank has mapped so far (csrc/README.md, G3).
+  uint64_t mapped_device_heap[kMostDeviceRanks];
 };
 static_assert(sizeof(Control) <= Geometry::kControlBytes);
 

@@ -7,12 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "algorithms/cut.h"
-#include "algorithms/direct.h"
-#include "algorithms/links.h"
-#include "algorithms/one_shot.h"
-#include "algorithms/run.h"
-#include "algorithms/two_shot.h"
+#include "algorithms/call.h"
 #include "cpu/executor.h"
 #include "cpu/heap.h"
 #include "cpu/lanes.h"
@@ -35,6 +30,7 @@ struct Communicator::Impl {
   const uint64_t generation = fork_generation();
   std::atomic<bool> closed{false};
   std::mutex closing;
+  std::function<void()> last;  // see on_close
   Queue queue;
   Lanes lanes;
 
@@ -74,8 +70,8 @@ struct Communicator::Impl {
     CallRecord r{};
     r.sequence = sequence;
     r.count = call.count;
-    r.in_offset = heap->offset_of(call.in, bytes);
-    r.out_offset = heap->offset_of(call.out, out_bytes);
+    r.in_offset = call.meeting ? reinterpret_cast<uint64_t>(call.in) : heap->offset_of(call.in, bytes);
+    r.out_offset = call.meeting ? reinterpret_cast<uint64_t>(call.out) : heap->offset_of(call.out, out_bytes);
     r.root = call.root;
     r.collective = call.collective;
     r.dtype = call.dtype;
@@ -97,7 +93,6 @@ struct Communicator::Impl {
     watch.throw_if_failed();
     const CallRecord mine = record_of(call);
     ++sequence;
-    if (world() == 1) return alone(call, mine);
     std::exception_ptr failure = guarded([&] { collective(call, mine, in_caller); });
     const std::exception_ptr other = lanes.join([&] {
       const std::exception_ptr interrupted = in_caller ? guarded(check_interrupt) : nullptr;
@@ -140,7 +135,7 @@ struct Communicator::Impl {
                        rank(),
                        world(),
                        {}};
-    const int channels = channels_for(mine);
+    const int channels = call.mover || call.meeting ? 1 : channels_for(mine);
     // The entry: on channel 0, with the record; the other channels start when it has passed.
     const auto enter = [&](Window<Executor>& w) {
       table.barrier_cell(rank(), 0, windows[0].epoch + 1).record = mine;
@@ -149,37 +144,49 @@ struct Communicator::Impl {
       if (channels > 1) lanes.start(channels, [=, this](int c) { run_lane(c, channels, mine, op); });
       return true;
     };
-    Executor exec = executor(mine, in_caller);
-    run_channel(exec, 0, channels, mine, op, enter);
+    Executor exec = executor(mine, in_caller, call.mover);
+    if (call.meeting) return meet(exec, op, mine, *call.meeting, enter);
+    run_channel(exec, op, 0, channels, mine, enter);
   }
 
   void run_lane(int channel, int channels, const CallRecord& mine, const Operation& op) {
     const std::exception_ptr failure = guarded([&] {
-      Executor exec = executor(mine, /*in_caller=*/false);
-      run_channel(exec, channel, channels, mine, op, [](Window<Executor>& w) { return w.barrier(); });
+      Executor exec = executor(mine, /*in_caller=*/false, /*mover=*/nullptr);
+      const auto enter = [](Window<Executor>& w) { return w.barrier(); };
+      run_channel(exec, op, channel, channels, mine, enter);
     });
     if (failure) std::rethrow_exception(failure);
   }
 
-  Executor executor(const CallRecord& mine, bool in_caller) const {
-    return Executor(Waiter(watch, spins, in_caller), mine.dtype, mine.op, world());
+  template <class Enter>
+  void run_channel(Executor& exec, const Operation& op, int channel, int channels, const CallRecord& mine,
+                   const Enter& enter) {
+    dispatch_call(mine.collective, mine.algorithm, [&](auto tag) {
+      using A = typename decltype(tag)::type;
+      if constexpr (requires { typename A::OnlyOnGpus; }) {
+        throw Error(ErrorKind::kUnsupported, std::string("pycoll: ") + name(mine.algorithm) + " is for GPUs alone");
+      } else {
+        run_call<A>(exec, op, table, channel, channels, *links[channel], windows[channel], records.data(), mine, enter);
+      }
+    });
+  }
+
+  // All ranks' tensors are known after the entry; nobody goes on before rank 0 has run the call for all.
+  template <class Enter>
+  void meet(Executor& exec, Operation op, const CallRecord& mine, Meeting& meeting, const Enter& enter) {
+    Window<Executor> w(exec, op, table, 0, windows[0], records.data(), mine);
+    enter(w);
+    if (rank() == 0) meeting.run(records);
+    w.barrier();
+  }
+
+  Executor executor(const CallRecord& mine, bool in_caller, Mover* mover) const {
+    return Executor(Waiter(watch, spins, in_caller), mine.dtype, mine.op, world(), mover);
   }
 
   int channels_for(const CallRecord& r) const {
     const size_t bytes = r.count * size_of(r.dtype) * (r.collective == Collective::kAllGather ? world() : 1);
     return static_cast<int>(std::clamp<size_t>(bytes / attachment->channel_min_bytes, 1, table.geometry.channels));
-  }
-
-  // A world of one: the result is the input.
-  void alone(const Call& call, const CallRecord& r) const {
-    const bool reduces = call.collective == Collective::kAllReduce || call.collective == Collective::kReduceScatter;
-    if (reduces) {
-      void* dst = call.out;
-      const void* src = call.in;
-      executor(r, true).combine({&dst, 1, &src, 1, 0, true, 1, call.count});
-    } else if (call.in != call.out) {
-      std::memcpy(call.out, call.in, call.count * size_of(call.dtype));
-    }
   }
 
   void compare_records(const CallRecord& mine) {
@@ -190,42 +197,6 @@ struct Communicator::Impl {
       same &= same_call(records[r], mine);
     }
     if (!same) throw Error(ErrorKind::kMismatch, mismatch_text(records));
-  }
-
-  template <class Enter>
-  void run_channel(Executor& exec, int channel, int channels, const CallRecord& mine, Operation op,
-                   const Enter& enter) {
-    op.partition = cut(mine, table.geometry, channel, channels);
-    Window<Executor> w(exec, op, table, channel, windows[channel], records.data(), mine);
-    const auto window = [&](auto algorithm) { run_window<decltype(algorithm)>(w, [&] { return enter(w); }); };
-    const auto lane = [&](const auto& algorithm) {
-      enter(w);
-      Channel<Executor> c(exec, op, table.geometry.link_slots, table.geometry.link_bytes);
-      pycoll::run_channel(c, algorithm);
-    };
-    switch (mine.collective) {
-      case Collective::kBarrier:
-        enter(w);
-        return;
-      case Collective::kBroadcast:
-        return window(Broadcast{});
-      case Collective::kAllGather:
-        return window(AllGather{});
-      case Collective::kReduceScatter:
-        return window(ReduceScatter{});
-      case Collective::kAllReduce:
-        break;
-    }
-    switch (mine.algorithm) {
-      case Algorithm::kRing:
-        return lane(links[channel]->ring);
-      case Algorithm::kTree:
-        return lane(links[channel]->tree);
-      case Algorithm::kTwoShot:
-        return window(TwoShotAllReduce{});
-      default:
-        return window(OneShotAllReduce{});
-    }
   }
 
   void close() {
@@ -245,6 +216,7 @@ struct Communicator::Impl {
       }
     });
     lanes.stop();
+    if (last) std::exchange(last, nullptr)();
     closed = true;
     store_release(attachment->control(rank()).departed, uint32_t{1});
     {
@@ -254,9 +226,10 @@ struct Communicator::Impl {
     if (interrupted) std::rethrow_exception(interrupted);
   }
 
-  void give_up(const std::string& why) {
+  void give_up(const std::string& why) { fail(Error(ErrorKind::kError, why, rank())); }
+  void fail(const Error& error) {
     const std::lock_guard user(mapped);
-    if (attachment) (void)watch.fail(Error(ErrorKind::kError, why, rank()));
+    if (attachment) (void)watch.fail(error);
   }
 };
 
@@ -338,6 +311,31 @@ void Communicator::close() {
 
 void Communicator::abort(const std::string& why) {
   if (!impl_->forked()) impl_->give_up(why);
+}
+
+Communicator::Monitor Communicator::monitor() const {
+  Impl* impl = impl_.get();
+  const auto look = [impl] {
+    const std::lock_guard user(impl->mapped);
+    if (impl->attachment) impl->watch.throw_if_any_rank_is_lost();
+  };
+  return {look, [impl](const Error& error) { impl->fail(error); }};
+}
+
+void Communicator::on_close(std::function<void()> last) { impl_->last = std::move(last); }
+
+std::vector<std::string> Communicator::gather(const std::string& bytes) {
+  std::string all(bytes.size() * world(), '\0');
+  run({.collective = Collective::kAllGather, .in = bytes.data(), .out = all.data(), .count = bytes.size()});
+  std::vector<std::string> parts;
+  for (int r = 0; r < world(); ++r) parts.push_back(all.substr(r * bytes.size(), bytes.size()));
+  return parts;
+}
+
+const std::vector<std::byte*>& Communicator::segments() const { return impl_->attachment->base; }
+
+uint64_t& Communicator::mapped_device_heap(int rank, int owner) const {
+  return impl_->attachment->control(rank).mapped_device_heap[owner];
 }
 
 std::shared_ptr<void> Communicator::allocate(size_t bytes) {

@@ -7,9 +7,12 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/record.h"
 #include "cpu/attach.h"
+#include "cpu/elsewhere.h"
+#include "cpu/error.h"
 
 namespace pycoll::cpu {
 
@@ -27,6 +30,9 @@ struct Call {
   void* out = nullptr;
   size_t count = 0;
   uint64_t shape = 0;  // ranks must give the same; see CallRecord
+  // Memory that the CPU does not move (cpu/elsewhere.h): at most one of the two. They outlive the call.
+  Mover* mover = nullptr;
+  Meeting* meeting = nullptr;
 };
 
 class Communicator {
@@ -50,6 +56,23 @@ class Communicator {
   void close();
   // Makes running and later calls fail on all ranks, with this text.
   void abort(const std::string& why);
+
+  // For who watches calls that do not run here (csrc/torch/cuda), from any thread until `on_close` has run.
+  struct Monitor {
+    std::function<void()> throw_if_any_rank_is_lost;  // if any has failed, or died without having left
+    std::function<void(const Error&)> fail;           // makes running and later calls fail on all ranks
+  };
+  Monitor monitor() const;
+  // Called once, by close(), when no call runs any more, and before memory is given back.
+  void on_close(std::function<void()> last);
+
+  // The bytes of all ranks, as many of each, in rank order. A collective.
+  std::vector<std::string> gather(const std::string& bytes);
+
+  // Every rank's segment as this rank maps it, until closed; for who else is to reach the slots in it.
+  const std::vector<std::byte*>& segments() const;
+  // Control::mapped_device_heap of `rank` for the heap of `owner`.
+  uint64_t& mapped_device_heap(int rank, int owner) const;
 
   // Memory that peers map; freed with the last copy of the pointer, also after close(). Throws Error when the heap is
   // full.

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/combine.h"
+#include "cpu/elsewhere.h"
 #include "cpu/kernels.h"
 #include "cpu/wait.h"
 
@@ -12,8 +13,12 @@ namespace pycoll::cpu {
 
 class Executor {
  public:
-  Executor(Waiter waiter, DType dtype, ReduceOp op, int world)
+  // `mover`: who moves the data instead of this CPU, or null.
+  Executor(Waiter waiter, DType dtype, ReduceOp op, int world, Mover* mover)
       : waiter_(waiter),
+        mover_(mover),
+        dtype_(dtype),
+        op_(op),
         kernels_(kernels()),
         combine_(kernels_.combine[static_cast<int>(dtype)][static_cast<int>(op)]),
         pointers_(2 * static_cast<size_t>(world) + 4),
@@ -29,14 +34,26 @@ class Executor {
     waiter_.await_barrier(table, channel, epoch);
     return true;
   }
-  void post(Cell& cell, uint64_t value) const { cpu::post(cell, value); }
-  void combine(const CombineArgs& args) const { combine_(args); }
-  void copy(void* dst, const void* src, size_t bytes) const { kernels_.copy(dst, src, bytes); }
+  void post(Cell& cell, uint64_t value) {
+    if (mover_) waiter_.await_moves(*mover_);  // a post announces them
+    cpu::post(cell, value);
+  }
+  void combine(const CombineArgs& args) const {
+    if (mover_) return mover_->combine(dtype_, op_, args);
+    combine_(args);
+  }
+  void copy(void* dst, const void* src, size_t bytes) const {
+    if (mover_) return mover_->copy(dst, src, bytes);
+    kernels_.copy(dst, src, bytes);
+  }
   const void** sources() { return const_cast<const void**>(pointers_.data()); }
   void** destinations() { return pointers_.data() + world_ + 1; }
 
  private:
   Waiter waiter_;
+  Mover* const mover_;
+  const DType dtype_;
+  const ReduceOp op_;
   const Kernels& kernels_;
   void (*combine_)(const CombineArgs&);
   std::vector<void*> pointers_;

@@ -3,8 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <mutex>
+
+#include "cpu/first_fit.h"
 
 namespace pycoll::cpu {
 
@@ -25,9 +26,7 @@ class Heap {
   std::byte* const base_;
   const size_t size_;
   mutable std::mutex lock_;
-  std::map<size_t, size_t> free_;  // offset -> bytes, neighbours always merged
-  std::map<size_t, size_t> used_;
-  size_t used_bytes_ = 0;
+  FirstFit blocks_;
 };
 
 }  // namespace pycoll::cpu

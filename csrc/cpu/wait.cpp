@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace pycoll::cpu {
@@ -13,6 +14,7 @@ namespace pycoll::cpu {
 namespace {
 std::atomic<void (*)()> interrupt_check{nullptr};
 
+constexpr auto kMovesNap = std::chrono::microseconds(20);
 constexpr auto kFirstSleep = std::chrono::microseconds(1000), kLongestSleep = std::chrono::microseconds(20000);
 // Yielding is measured in time, not in turns: beside busy threads one turn can take 20 ms, and then sleeping costs
 // less.
@@ -43,6 +45,14 @@ void Watch::throw_if_any_rank_failed() const {
   for (int r = 0; r < a_.geometry.world; ++r) throw_failure_of(r);
 }
 
+void Watch::throw_if_any_rank_is_lost() const {
+  throw_if_any_rank_failed();
+  for (int r = 0; r < a_.geometry.world; ++r) {
+    if (r == a_.rank || load_acquire(a_.control(r).departed) != 0) continue;
+    if (a_.liveness[r].look() == Life::kDead) throw_dead(r);
+  }
+}
+
 void Watch::waits_for(int peer) const { store_release(a_.control(a_.rank).waits_for, static_cast<uint32_t>(peer + 1)); }
 
 void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline) const {
@@ -70,7 +80,11 @@ void Watch::look_at(const Awaited& awaited) const {
                     " still waits for it. Do all ranks make the same calls?",
                 awaited.peer);
   }
-  throw Error(ErrorKind::kPeerLost, who + " is lost: its process has died", awaited.peer);
+  throw_dead(awaited.peer);
+}
+
+void Watch::throw_dead(int peer) {
+  throw Error(ErrorKind::kPeerLost, "pycoll: rank " + std::to_string(peer) + " is lost: its process has died", peer);
 }
 
 void Watch::throw_late(int peer) const {
@@ -116,6 +130,24 @@ void Waiter::await_slowly(std::span<const Awaited> missing) {
   if (deadline_ == Clock::time_point{}) deadline_ = Clock::now() + watch_.timeout();
   for (; !missing.empty(); missing = missing.subspan(1)) {
     if (!yield_until_here(missing[0])) sleep_until_here(missing);
+  }
+}
+
+void Waiter::await_moves(Mover& mover) {
+  if (deadline_ == Clock::time_point{}) deadline_ = Clock::now() + watch_.timeout();
+  const auto begin = Clock::now();
+  for (auto looked = begin; !mover.done();) {
+    const auto now = Clock::now();
+    if (now - begin > kYielding) std::this_thread::sleep_for(kMovesNap);
+    if (now - looked < kLongestSleep) continue;
+    looked = now;
+    watch_.throw_if_any_rank_is_lost();
+    if (interruptible_) check_interrupt();
+    if (now > deadline_) {
+      throw Error(ErrorKind::kTimeout,
+                  "pycoll: what comes before the collective on this rank's GPU did not end within " +
+                      std::to_string(watch_.timeout().count()) + " ms. Raise `timeout` if it takes that long");
+    }
   }
 }
 

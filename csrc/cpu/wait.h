@@ -8,6 +8,7 @@
 #include "core/atomic.h"
 #include "core/cell.h"
 #include "cpu/attach.h"
+#include "cpu/elsewhere.h"
 #include "cpu/error.h"
 
 namespace pycoll::cpu {
@@ -38,6 +39,9 @@ class Watch {
   // is here by now.
   void look(std::span<const Awaited> missing, Clock::time_point deadline) const;
 
+  // Raises if any rank has failed or is dead; a rank that has left is not missed.
+  void throw_if_any_rank_is_lost() const;
+
   // Tells the other ranks why this one stops. Only the first failure of a rank counts; returns that one.
   Error fail(const Error& error) const;
   void throw_if_failed() const;  // this rank's failure
@@ -54,6 +58,7 @@ class Watch {
   void throw_failure_of(int rank) const;
   void look_at(const Awaited& awaited) const;
   [[noreturn]] void throw_late(int peer) const;
+  [[noreturn]] static void throw_dead(int peer);
 
   const Attachment& a_;
   std::atomic<std::chrono::milliseconds> timeout_;  // set by one thread, read by others
@@ -75,6 +80,9 @@ class Waiter {
     const Awaited awaited{&cell, value, peer};
     if (!spin(awaited)) await_slowly({&awaited, 1});
   }
+
+  // Until this rank's own GPU has moved what it was asked to.
+  void await_moves(Mover& mover);
 
   // Until all other ranks have posted barrier `epoch` of the channel.
   void await_barrier(const PeerTable& table, int channel, uint64_t epoch) {

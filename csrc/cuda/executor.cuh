@@ -1,31 +1,25 @@
 // A thread block as the executor of the algorithm templates (the concept is described in core/channel.h).
 //
-// Only the block's leader looks at flags. No spin is unbounded: every 20 us it looks at an abort word that the host can
-// write, and at the deadline; after a failure all later waits and moves of the block are skipped, so that the kernel
-// ends and the device stays usable.
+// No spin is unbounded: every 20 us a waiting thread looks at the deadline and at a word that says whether some block of
+// the rank has failed; leaders look at the host's word too. After a failure all later waits and moves are skipped, so
+// that the kernel ends and the device stays usable.
 #pragma once
 
+#include <cuda/atomic>
 #include <cuda/std/chrono>
 
 #include "core/atomic.h"
 #include "core/cell.h"
-#include "core/combine.h"
 #include "core/layout.h"
+#include "cuda/combine.cuh"
 #include "cuda/launch.h"
 
 namespace pycoll::cuda_device {
 
-// The loops, one function a dtype and operation. Not inlined: the kernel that calls them holds every algorithm once,
-// for all of them.
-template <class T, ReduceOp Op, class Group>
-__device__ __noinline__ void combine_block(const Group& group, const CombineArgs& args) {
-  combine_strided<T, Op>(group, args);
-}
-
 class BlockExecutor {
  public:
-  __device__ BlockExecutor(DType dtype, ReduceOp op, Status* status, uint64_t timeout_ns)
-      : dtype_(dtype), op_(op), status_(status), timeout_ns_(timeout_ns) {}
+  __device__ BlockExecutor(DType dtype, ReduceOp op, const DeviceRank& rank, uint64_t timeout_ns)
+      : dtype_(dtype), op_(op), rank_(rank), timeout_ns_(timeout_ns), failed_(load_relaxed(*rank.stopped) != 0) {}
 
   __device__ size_t thread() const { return threadIdx.x; }
   __device__ size_t size() const { return blockDim.x; }
@@ -35,69 +29,95 @@ class BlockExecutor {
     return !failed_;
   }
 
-  __device__ bool await(const Cell& cell, uint64_t value, int peer) {
-    if (failed_) return false;
-    const uint64_t begin = now_ns();
-    for (uint64_t looked = begin; load_acquire(cell.value) < value;) {
-      const uint64_t now = now_ns();
-      if (now - looked < 20000) continue;
-      looked = now;
-      if (load_acquire(status_->outcome) != kRunning) return false;
-      if (now - begin > timeout_ns_) {
-        if (compare_exchange(status_->outcome, uint32_t{kRunning}, uint32_t{kTimedOut})) status_->rank = peer;
-        return false;
-      }
-    }
-    return true;
+  template <class Predicate>
+  __device__ bool await_until(const Predicate& holds, int peer) const {
+    return !failed_ && spin(holds, peer);
   }
-  __device__ bool await_barrier(const PeerTable& table, int channel, uint64_t epoch) {
-    bool ok = true;
-    for (int i = 1; ok && i < table.geometry.world; ++i) {
-      const int r = (table.rank + i) % table.geometry.world;
-      ok = await(table.barrier_cell(r, channel, epoch), epoch, r);
-    }
-    return ok;
+  __device__ bool await(const Cell& cell, uint64_t value, int peer) const {
+    return await_until([&] { return load_acquire(cell.value) >= value; }, peer);
+  }
+  __device__ bool await_barrier(const PeerTable& table, int channel, uint64_t epoch) const {
+    return !failed_ && spin_at_barrier(table, channel, epoch);
   }
   __device__ void post(Cell& cell, uint64_t value) const {
     if (!failed_) store_release(cell.value, value);
   }
+  __device__ void fence() const { cuda::atomic_thread_fence(cuda::memory_order_seq_cst, cuda::thread_scope_system); }
+
+  __device__ void report_mismatch(const PeerTable& table, int channel, uint64_t epoch) const {
+    if (!spin_at_barrier(table, channel, epoch) || !is_first_to_fail()) return;
+    for (int r = 0; r < table.geometry.world; ++r) {
+      rank_.report->records[r] = table.barrier_cell(r, channel, epoch).record;
+    }
+    store_release(rank_.report->outcome, uint32_t{kMismatched});
+  }
 
   __device__ void combine(const CombineArgs& args) const {
-    dispatch_dtype(dtype_, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      switch (op_) {
-        case ReduceOp::kSum:
-          return combine_block<T, ReduceOp::kSum>(*this, args);
-        case ReduceOp::kAvg:
-          return combine_block<T, ReduceOp::kAvg>(*this, args);
-        case ReduceOp::kMin:
-          return combine_block<T, ReduceOp::kMin>(*this, args);
-        case ReduceOp::kMax:
-          return combine_block<T, ReduceOp::kMax>(*this, args);
-        case ReduceOp::kProduct:
-          return combine_block<T, ReduceOp::kProduct>(*this, args);
-      }
-    });
+    if (!failed_) cuda_device::combine({thread(), size()}, dtype_, op_, args);
   }
   __device__ void copy(void* dst, const void* src, size_t bytes) const {
-    combine_block<uint8_t, ReduceOp::kMax>(*this, {&dst, 1, &src, 1, 0, true, 1, bytes});
+    if (!failed_) cuda_device::copy({thread(), size()}, dst, src, bytes);
+  }
+  __device__ uint64_t reduce(const uint64_t* units, int count) const { return reduce_units(dtype_, op_, units, count); }
+  __device__ void reduce_in_switch(const PeerTable& table, size_t offset, size_t count) const {
+    if (!failed_) cuda_device::reduce_in_switch({thread(), size()}, dtype_, table.multicast + offset, count);
   }
   __device__ const void** sources() { return sources_; }
   __device__ void** destinations() { return destinations_; }
+  __device__ uint64_t* units() { return units_; }
 
  private:
-  const DType dtype_;
-  const ReduceOp op_;
+  static constexpr uint64_t kLookEveryNs = 20000;
+
   __device__ static uint64_t now_ns() {
     using namespace cuda::std::chrono;
     return static_cast<uint64_t>(duration_cast<nanoseconds>(system_clock::now().time_since_epoch()).count());
   }
 
-  Status* status_;
-  uint64_t timeout_ns_;
-  bool failed_ = false;
+  template <class Predicate>
+  __device__ __noinline__ bool spin(const Predicate& holds, int peer) const {
+    if (holds()) return true;
+    const uint64_t begin = now_ns();
+    for (uint64_t looked = begin; !holds();) {
+      const uint64_t now = now_ns();
+      if (now - looked < kLookEveryNs) continue;
+      looked = now;
+      if (told_to_stop()) return false;
+      if (now - begin > timeout_ns_) {
+        if (is_first_to_fail()) {
+          rank_.report->rank = peer;
+          store_release(rank_.report->outcome, uint32_t{kTimedOut});
+        }
+        return false;
+      }
+    }
+    return true;
+  }
+  __device__ bool spin_at_barrier(const PeerTable& table, int channel, uint64_t epoch) const {
+    bool ok = true;
+    for (int i = 1; ok && i < table.geometry.world; ++i) {
+      const int r = (table.rank + i) % table.geometry.world;
+      const Cell& cell = table.barrier_cell(r, channel, epoch);
+      ok = spin([&] { return load_acquire(cell.value) >= epoch; }, r);
+    }
+    return ok;
+  }
+
+  // The host's word lies behind a slow bus: only leaders look at it, and tell the rank's other threads.
+  __device__ bool told_to_stop() const {
+    if (leader() && load_acquire(rank_.report->outcome) != kRunning) store_release(*rank_.stopped, uint32_t{1});
+    return load_acquire(*rank_.stopped) != 0;
+  }
+  __device__ bool is_first_to_fail() const { return exchange_seq_cst(*rank_.stopped, uint32_t{1}) == 0; }
+
+  const DType dtype_;
+  const ReduceOp op_;
+  const DeviceRank& rank_;
+  const uint64_t timeout_ns_;
+  bool failed_;
   const void* sources_[kMaxRanks];
   void* destinations_[kMaxRanks + 1];
+  uint64_t units_[kMaxRanks];
 };
 
 }  // namespace pycoll::cuda_device

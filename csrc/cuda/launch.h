@@ -11,41 +11,61 @@ constexpr int kMaxRanks = 16;
 // Of a block: leaves 255 registers, so that the kernel that holds all algorithms spills none.
 constexpr int kThreads = 256;
 
-enum Outcome : uint32_t { kRunning, kAborted, kTimedOut };
+enum Outcome : uint32_t { kRunning, kAborted, kTimedOut, kMismatched };
 
-// Written by the host (abort) or by the first block that fails; in host memory that the device maps.
-struct Status {
+// Written by the host (to abort) or by the first block that fails; in host memory that the device maps.
+struct Report {
   uint32_t outcome;
-  int32_t rank;  // for whom a block waited when it timed out
+  int32_t rank;                   // kTimedOut: for whom a block waited
+  CallRecord records[kMaxRanks];  // kMismatched: what each rank calls
 };
 
-// One rank of a group whose ranks share a GPU and a process. Everything it points to is device memory.
-struct GroupRank {
+// A rank whose blocks run on this GPU. Everything it points to is device memory, but for the report.
+struct DeviceRank {
   PeerTable table;
   WindowState* windows;  // [channels]
-  ChannelLinks* links;   // [channels], made by prepare_group
+  ChannelLinks* links;   // [channels], made by prepare_ranks
+  uint32_t* stopped;     // not 0 once a block has failed: all later waits and moves are skipped
+  Report* report;
 };
 
-// An all-reduce as all ranks of a group make it. By value, so that a captured graph holds all it needs.
-struct GroupCall {
-  const GroupRank* ranks;  // [world], device memory
-  int world;
+// A call as the ranks on this GPU make it: all ranks of a local group, or the one rank of a process. By value, so that
+// a captured graph holds all it needs.
+struct DeviceCall {
+  const DeviceRank* ranks;  // [ranks_here], device memory
+  int ranks_here;
   int channels;       // blocks a rank
-  CallRecord record;  // without offsets: every tensor can be read where it lies
+  CallRecord record;  // where all ranks are here, without offsets: every tensor can be read where it lies
   const void* in[kMaxRanks];
   void* out[kMaxRanks];
-  Status* status;
   uint64_t timeout_ns;
 };
 
-// Builds the connections of every rank and channel on the device. Returns a cudaError_t.
-int prepare_group(const GroupRank* ranks, int world, int channels, void* stream);
+// One verb of the host-stepped executor: CombineArgs by value.
+struct StepCall {
+  DType dtype;
+  ReduceOp op;
+  int dst_count, src_count, world;
+  uint32_t wire_sources;
+  bool final;
+  size_t count;
+  const void* src[kMaxRanks + 2];
+  void* dst[kMaxRanks + 2];
+};
 
-// How many blocks of the all-reduce the current device can hold at once. Returns a cudaError_t.
+// All of these return a cudaError_t.
+
+// Builds the connections of every rank and channel on the device.
+int prepare_ranks(const DeviceRank* ranks, int count, int channels, void* stream);
+
+// How many blocks of a collective the current device can hold at once.
 int resident_blocks(int* blocks);
 
-// All ranks' blocks in one cooperative launch: they are on the GPU together, so their spinning waits make progress.
-// Returns a cudaError_t; fails, without launching, if the blocks do not all fit.
-int all_reduce_group(const GroupCall& call, void* stream);
+// All blocks in one cooperative launch: they are on the GPU together, so that the spinning waits of ranks that share it
+// make progress. Fails, without launching, if they do not all fit.
+int launch_collective(const DeviceCall& call, void* stream);
+
+// Reads all sources and writes all destinations, with the whole GPU; waits for nobody.
+int launch_step(const StepCall& call, void* stream);
 
 }  // namespace pycoll::cuda_device

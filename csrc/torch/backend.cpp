@@ -116,10 +116,11 @@ Job reduce_scatter_job(const std::vector<Dense>& reads, const at::Tensor& whole,
 }  // namespace
 
 Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Config& config,
-                 std::chrono::milliseconds timeout)
+                 const cpu::Config& cuda_config, std::chrono::milliseconds timeout)
     : c10d::Backend(rank, world) {
   TorchStore keys(store, "group");
   comm_ = std::make_shared<cpu::Communicator>(keys, rank, world, config, timeout);
+  device_ = std::make_unique<DeviceSlot>(*comm_, cuda_config);
   const std::lock_guard guard(alive().lock);
   std::erase_if(alive().groups, [](const auto& group) { return group.expired(); });
   alive().groups.push_back(comm_);
@@ -151,8 +152,12 @@ void Backend::close_all() {
 
 Backend::Work Backend::submit(c10d::OpType type, Job job, bool async) {
   ++calls_;
-  auto work = c10::make_intrusive<bindings::Work>(getRank(), type, job.result, comm_->turn());
   try {
+    for (const auto* tensors : {&job.reads, &job.writes}) {
+      if (!tensors->empty() && !tensors->front().tensor().is_cpu())
+        return submit_on_device(type, std::move(job), async);
+    }
+    auto work = c10::make_intrusive<bindings::Work>(getRank(), type, job.result, comm_->turn());
     if (!async) {
       comm_->run(job.call, [&] { job.load(); }, [&] { job.store(); });
       work->complete(nullptr);
@@ -160,19 +165,73 @@ Backend::Work Backend::submit(c10d::OpType type, Job job, bool async) {
     }
     const cpu::Call call = job.call;
     const auto shared = std::make_shared<const Job>(std::move(job));
-    const auto done = [work, shared](std::exception_ptr failure) {
-      try {
-        if (!failure) shared->store();
-      } catch (...) {
-        failure = std::current_exception();
-      }
-      work->complete(failure);
-    };
-    comm_->enqueue(call, [shared] { shared->load(); }, done);
+    const auto load = [shared] { shared->load(); };
+    comm_->enqueue(call, load, completing(work, [shared] { shared->store(); }));
+    return work;
   } catch (const Error& e) {
     throw PyError(e);
   }
+}
+
+// A callback that finishes the call, if it went well, and ends the work.
+std::function<void(std::exception_ptr)> Backend::completing(const c10::intrusive_ptr<bindings::Work>& work,
+                                                            const std::function<void()>& finish) {
+  return [work, finish](std::exception_ptr failure) {
+    try {
+      if (!failure) finish();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    work->complete(failure);
+  };
+}
+
+Backend::Work Backend::submit_on_device(c10d::OpType type, Job job, bool async) {
+  const at::Device where = (job.reads.empty() ? job.writes : job.reads).front().tensor().device();
+  const auto turn = std::make_shared<DeviceTurn>(*device_, where, async);
+  turn->device().prepare(job.call);
+  auto work = c10::make_intrusive<bindings::Work>(getRank(), type, job.result, comm_->turn(), turn);
+  for (const auto* tensors : {&job.reads, &job.writes}) {
+    for (const Dense& d : *tensors) {
+      if (d.tensor().device() != where) throw_usage("a collective's tensors must lie on one device");
+      turn->uses(d.tensor());
+      turn->uses(d.memory());
+    }
+  }
+  const cpu::Call call = job.call;
+  const auto shared = std::make_shared<const Job>(std::move(job));
+  const auto load = [shared, turn] { turn->begin([&] { shared->load(); }); };
+  const auto store = [shared, turn] { turn->end([&] { shared->store(); }); };
+  if (turn->device().on_host() && async) {
+    comm_->enqueue(call, load, completing(work, store));
+    return work;
+  }
+  if (turn->device().on_host()) {
+    comm_->run(call, load, store);
+  } else {
+    load();
+    turn->device().launch(call);
+    store();
+  }
+  work->complete(nullptr);
+  if (!async) turn->let_current_wait();
   return work;
+}
+
+bool Backend::supportsTensorAlloc(c10::DeviceIndex) {
+#ifdef PYCOLL_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+at::Tensor Backend::allocateTensor(long size, at::TensorOptions options) {
+  try {
+    return device_->at(options.device()).empty({size}, options);
+  } catch (const Error& e) {
+    throw PyError(e);
+  }
 }
 
 Backend::Work Backend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
@@ -301,13 +360,14 @@ void bind_backend(py::module_& m) {
   py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend>(m, "Backend",
                                                                   "The c10d backend; see pycoll/backend.py.")
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Config& config,
-                       double timeout_seconds) {
+                       const cpu::Config& cuda_config, double timeout_seconds) {
              const py::gil_scoped_release no_gil;
              return c10::make_intrusive<Backend>(
-                 store, rank, world, config,
+                 store, rank, world, config, cuda_config,
                  std::chrono::milliseconds(static_cast<int64_t>(std::min(timeout_seconds, 1e9) * 1000)));
            }),
-           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("config"), py::arg("timeout"));
+           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("config"), py::arg("cuda_config"),
+           py::arg("timeout"));
 }
 
 }  // namespace pycoll::bindings

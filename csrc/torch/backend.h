@@ -4,7 +4,9 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include "torch/device.h"
 #include "torch/tensors.h"
+#include "torch/work.h"
 
 namespace pycoll::bindings {
 
@@ -17,7 +19,7 @@ class Backend : public c10d::Backend {
   using TensorLists = std::vector<std::vector<at::Tensor>>;
 
   Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Config& config,
-          std::chrono::milliseconds timeout);
+          const cpu::Config& cuda_config, std::chrono::milliseconds timeout);
   ~Backend() override;
 
   // At the end of the interpreter: drains and closes the groups that are still there, while Python can still answer.
@@ -56,9 +58,16 @@ class Backend : public c10d::Backend {
   void abort() override { comm_->abort("pycoll: rank " + std::to_string(getRank()) + " aborted the group"); }
   void shutdown() override { comm_->close(); }
 
+  bool supportsTensorAlloc(c10::DeviceIndex device) override;
+  at::Tensor allocateTensor(long size, at::TensorOptions options) override;  // that peers map
+
  private:
   Work submit(c10d::OpType type, Job job, bool async);
+  Work submit_on_device(c10d::OpType type, Job job, bool async);
+  static std::function<void(std::exception_ptr)> completing(const c10::intrusive_ptr<bindings::Work>& work,
+                                                            const std::function<void()>& finish);
 
+  std::unique_ptr<DeviceSlot> device_;
   std::shared_ptr<cpu::Communicator> comm_;
   std::atomic<uint64_t> calls_{0};
 };

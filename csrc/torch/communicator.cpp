@@ -3,6 +3,7 @@
 
 #include <torch/extension.h>
 
+#include "torch/device.h"
 #include "torch/errors.h"
 #include "torch/modules.h"
 #include "torch/store.h"
@@ -15,9 +16,10 @@ namespace {
 class PyCommunicator {
  public:
   PyCommunicator(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& name,
-                 const cpu::Config& config, double timeout_seconds) {
+                 const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds) {
     TorchStore keys(store, name);
     comm_ = std::make_unique<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds));
+    device_ = std::make_unique<DeviceSlot>(*comm_, cuda_config);
   }
 
   ~PyCommunicator() {
@@ -69,16 +71,32 @@ class PyCommunicator {
     comm_->run({.collective = Collective::kBarrier});
   }
 
-  at::Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
+  at::Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype, const at::Device& device) {
     int64_t count = 1;
     for (const int64_t n : shape) count *= n;  // pycoll/communicator.py has checked them
     const auto options = at::TensorOptions().dtype(dtype);
+    if (!device.is_cpu()) {
+      const py::gil_scoped_release no_gil;
+      return device_->at(device).empty(shape, options.device(device));
+    }
     std::shared_ptr<void> block;
     {
       const py::gil_scoped_release no_gil;
       block = comm_->allocate(static_cast<size_t>(count) * options.dtype().itemsize());
     }
     return at::from_blob(block.get(), shape, [block](void*) {}, options);
+  }
+
+  py::object mem_allocator(const at::Device& device) {
+    std::function<at::Tensor(int64_t)> allocate;
+    {
+      const py::gil_scoped_release no_gil;
+      allocate = device_->allocator(device);
+    }
+#ifdef PYCOLL_WITH_CUDA
+    if (allocate) return make_mem_allocator(allocate);
+#endif
+    return py::none();
   }
 
   void close() {
@@ -88,6 +106,8 @@ class PyCommunicator {
   void abort(const std::string& why) { comm_->abort(why); }
   bool closed() const { return comm_->closed(); }
   size_t footprint() const { return comm_->footprint(); }
+  size_t device_footprint() const { return device_->get() ? device_->get()->footprint() : 0; }
+  std::string device() const { return device_->get() ? device_->get()->describe() : ""; }
   int channels() const { return comm_->geometry().channels; }
 
  private:
@@ -113,6 +133,9 @@ class PyCommunicator {
   }
 
   void run(cpu::Call call, const at::Tensor& in, const at::Tensor& out, size_t count, bool in_place) {
+    if (in.device() != out.device()) {
+      throw_usage(c10::str(name(call.collective), ": the tensors lie on ", in.device(), " and ", out.device()));
+    }
     if (out.requires_grad() && at::GradMode::is_enabled()) {
       throw_usage(std::string(name(call.collective)) +
                   " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), or "
@@ -125,14 +148,34 @@ class PyCommunicator {
     call.out = result.memory().mutable_data_ptr();
     call.count = count;
     call.shape = fingerprint(in.scalar_type(), in.sizes());
-    {
+    if (!out.device().is_cpu()) {
+      run_on_device(call, from, result);
+    } else {
       const py::gil_scoped_release no_gil;
       comm_->run(call, [&] { from.load(); }, [&] { result.store(); });
     }
     if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();  // autograd must know of the write
   }
 
+  void run_on_device(cpu::Call& call, const Dense& from, const Dense& result) {
+    const py::gil_scoped_release no_gil;
+    DeviceTurn turn(*device_, result.tensor().device(), /*async=*/false);
+    Device& device = turn.device();
+    device.prepare(call);
+    const auto begin = [&] { turn.begin([&] { from.load(); }); };
+    const auto end = [&] { turn.end([&] { result.store(); }); };
+    if (device.on_host()) {
+      comm_->run(call, begin, end);
+    } else {
+      begin();
+      device.launch(call);
+      end();
+    }
+    turn.let_current_wait();
+  }
+
   std::unique_ptr<cpu::Communicator> comm_;
+  std::unique_ptr<DeviceSlot> device_;
 };
 
 }  // namespace
@@ -146,22 +189,29 @@ void bind_communicator(py::module_& m) {
       .def_readwrite("link_bytes", &cpu::Config::link_bytes)
       .def_readwrite("heap_bytes", &cpu::Config::heap_bytes)
       .def_readwrite("one_shot_max_bytes", &cpu::Config::one_shot_max_bytes)
-      .def_readwrite("channel_min_bytes", &cpu::Config::channel_min_bytes);
+      .def_readwrite("channel_min_bytes", &cpu::Config::channel_min_bytes)
+      .def_readwrite("word_bytes", &cpu::Config::word_bytes)
+      .def_readwrite("one_shot_ll_max_bytes", &cpu::Config::one_shot_ll_max_bytes)
+      .def_readwrite("two_shot_ll_max_bytes", &cpu::Config::two_shot_ll_max_bytes);
   py::class_<PyCommunicator>(m, "Communicator", "Collectives on torch tensors; see pycoll.Communicator.")
-      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Config&, double>(),
+      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Config&,
+                    const cpu::Config&, double>(),
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("name"), py::arg("config"),
-           py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
+           py::arg("cuda_config"), py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
       .def("all_reduce", &PyCommunicator::all_reduce)
       .def("broadcast", &PyCommunicator::broadcast)
       .def("all_gather", &PyCommunicator::all_gather)
       .def("reduce_scatter", &PyCommunicator::reduce_scatter)
       .def("barrier", &PyCommunicator::barrier)
       .def("empty", &PyCommunicator::empty)
+      .def("mem_allocator", &PyCommunicator::mem_allocator)
       .def("close", &PyCommunicator::close)
       .def("abort", &PyCommunicator::abort)
       .def_property_readonly("closed", &PyCommunicator::closed)
       .def_property_readonly("channels", &PyCommunicator::channels)
-      .def_property_readonly("footprint", &PyCommunicator::footprint);
+      .def_property_readonly("footprint", &PyCommunicator::footprint)
+      .def_property_readonly("device_footprint", &PyCommunicator::device_footprint)
+      .def_property_readonly("device", &PyCommunicator::device);
 }
 
 }  // namespace pycoll::bindings

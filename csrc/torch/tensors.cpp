@@ -56,9 +56,9 @@ uint64_t fingerprint(at::ScalarType type, at::IntArrayRef sizes) {
 
 void check_memory(const at::Tensor& t, const char* collective) {
   if (!t.defined()) throw_usage(std::string(collective) + " needs a tensor");
-  if (!t.device().is_cpu()) {
+  if (!t.device().is_cpu() && !t.device().is_cuda()) {
     throw_unsupported(std::string(collective) + " got a tensor on " + t.device().str() +
-                      ": this build of pycoll communicates CPU tensors; move it with .cpu()");
+                      ": pycoll communicates CPU and CUDA tensors; move it with .cpu()");
   }
   if (t.layout() != at::kStrided || t.is_mkldnn()) {
     throw_unsupported(std::string(collective) + " got a tensor of layout " + c10::str(t.layout()) +
@@ -106,10 +106,12 @@ ReduceOp parse_op(const std::string& op) {
 
 std::optional<Algorithm> parse_algorithm(const std::string& algorithm) {
   if (algorithm == "auto") return std::nullopt;
-  for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kTwoShot, Algorithm::kRing, Algorithm::kTree}) {
+  for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kTwoShot, Algorithm::kRing, Algorithm::kTree,
+                            Algorithm::kOneShotLl, Algorithm::kTwoShotLl, Algorithm::kMultimem}) {
     if (algorithm == name(a)) return a;
   }
-  throw_usage("unknown algorithm '" + algorithm + "': auto, one_shot, two_shot, ring or tree");
+  throw_usage("unknown algorithm '" + algorithm +
+              "': auto, one_shot, two_shot, ring or tree; on GPUs one_shot_ll, two_shot_ll or multimem as well");
 }
 
 }  // namespace pycoll::bindings

@@ -23,7 +23,7 @@ Elements elements_to_copy(const at::Tensor& t);
 // Element type, and sizes where given, as one number that ranks compare.
 uint64_t fingerprint(at::ScalarType type, at::IntArrayRef sizes = {});
 
-// Throws UnsupportedError unless `t` is a strided CPU tensor.
+// Throws UnsupportedError unless `t` is a strided CPU or CUDA tensor.
 void check_memory(const at::Tensor& t, const char* collective);
 // The same, and that writing to `t` is well defined: no two elements at one address.
 void check_writable(const at::Tensor& t, const char* collective);

@@ -33,14 +33,32 @@ bool Work::wait(std::chrono::milliseconds timeout) {
     guard.lock();
   }
   if (exception_) std::rethrow_exception(exception_);
+  guard.unlock();
+  if (on_device_) {
+    try {
+      on_device_->let_current_wait();
+    } catch (const Error& e) {
+      throw PyError(e);
+    }
+  }
   return true;
+}
+
+bool Work::isCompleted() {
+  {
+    const std::lock_guard guard(mutex_);
+    if (!completed_ || exception_) return completed_;
+  }
+  return !on_device_ || on_device_->ended();
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
   {
     const std::lock_guard guard(mutex_);
     if (future_) return future_;
-    future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+    std::vector<at::Device> devices;
+    if (on_device_) devices.push_back(on_device_->stream().device());
+    future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()), devices);
   }
   mark_future();
   return future_;
@@ -52,6 +70,8 @@ void Work::mark_future() {
     if (!future_ || !completed_ || marked_) return;
     marked_ = true;
   }
+  std::optional<c10::StreamGuard> on;  // the future is ready when the call's stream gets here
+  if (on_device_) on.emplace(on_device_->stream());
   if (exception_) {
     future_->setError(exception_);
   } else {

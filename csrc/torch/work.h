@@ -1,19 +1,27 @@
 // The handle of a collective that was called through torch.distributed.
 #pragma once
 
+#include <memory>
 #include <torch/csrc/distributed/c10d/Work.hpp>
+
+#include "torch/device.h"
 
 namespace pycoll::bindings {
 
 class Work : public c10d::Work {
  public:
   // `turn`: the communicator's, see cpu::Communicator::inside.
-  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result, const void* turn)
-      : c10d::Work(rank, type), result_(std::move(result)), turn_(turn) {}
+  // `on_device`: where the call runs on a GPU, null on the CPU. wait() then orders the current stream after it, and the
+  // host only as far as the ranks meet there.
+  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result, const void* turn,
+       std::shared_ptr<DeviceTurn> on_device = nullptr)
+      : c10d::Work(rank, type), result_(std::move(result)), turn_(turn), on_device_(std::move(on_device)) {}
 
   // Ends the work, once: with a failure, or without.
   void complete(std::exception_ptr failure);
 
+  bool isCompleted() override;  // on a GPU: and whether the GPU has done it
+  void synchronize() override { wait(kNoTimeout); }
   bool wait(std::chrono::milliseconds timeout) override;  // lets Python's signals in; throws the failure
   std::vector<at::Tensor> result() override { return result_; }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;  // made when asked for: most are not
@@ -24,6 +32,7 @@ class Work : public c10d::Work {
 
   std::vector<at::Tensor> result_;
   const void* const turn_;
+  const std::shared_ptr<DeviceTurn> on_device_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
   bool marked_ = false;
 };

@@ -5,12 +5,7 @@
 #include <memory>
 #include <thread>
 
-#include "algorithms/cut.h"
-#include "algorithms/direct.h"
-#include "algorithms/links.h"
-#include "algorithms/one_shot.h"
-#include "algorithms/run.h"
-#include "algorithms/two_shot.h"
+#include "algorithms/call.h"
 #include "check.h"
 #include "host_group.h"
 
@@ -23,17 +18,21 @@ struct Step {
   Algorithm algorithm;
   size_t count;
   bool in_heap;  // every other rank's tensors lie in its heap
+  bool fails = false;
 };
 
 constexpr int kThreads = 3;
+constexpr int kChannels = 2;
 constexpr size_t kHeap = Geometry::kPage;
+constexpr size_t kWordBytes = 16 * (1 + 2 * 64);  // a header, and two areas of 64 units: a chunk of 128 int32
 
 struct World {
   Geometry geometry;
   std::vector<std::unique_ptr<std::byte[]>> memory;
   std::vector<std::byte*> base;
 
-  explicit World(int world) : geometry{world, 2, 2 + world % 2, 256 * static_cast<size_t>(world), 256, kHeap} {
+  explicit World(int world)
+      : geometry{world, kChannels, 2 + world % 2, 256 * static_cast<size_t>(world), 256, kHeap, kWordBytes} {
     for (int r = 0; r < world; ++r) {
       memory.push_back(std::make_unique<std::byte[]>(geometry.segment_bytes() + 128));
       void* p = memory.back().get();
@@ -59,9 +58,14 @@ int32_t expected(const Step& s, int step, int world, int rank, size_t i) {
 
 class Rank {
  public:
-  Rank(World& world, int rank) : table_{rank, world.geometry, world.base.data()}, group_(kThreads) {
-    for (int c = 0; c < 2; ++c) links_.emplace_back(table_, c);
+  Rank(World& world, int rank, uint64_t first_exchange = 0)
+      : table_{rank, world.geometry, world.base.data()},
+        group_(kThreads),
+        first_exchange_(first_exchange),
+        records_(world.geometry.world) {
+    for (int c = 0; c < kChannels; ++c) links_.emplace_back(table_, c);
   }
+  int mismatches() const { return group_.mismatches; }
 
   void run(const std::vector<Step>& steps) {
     std::vector<std::thread> threads;
@@ -74,11 +78,15 @@ class Rank {
 
   void thread_main(const std::vector<Step>& steps, int thread) {
     Exec exec(group_, thread, table_.geometry.world);
-    WindowState states[2];
+    WindowState states[kChannels];
+    for (WindowState& s : states) s.exchanges = first_exchange_;
     for (int k = 0; k < static_cast<int>(steps.size()); ++k) {
       if (exec.leader()) prepare(steps[k], k);
       exec.sync(true);
-      for (int channel = 0; channel < 2; ++channel) run_step(exec, steps[k], channel, states[channel], k);
+      bool ok = true;
+      for (int c = 0; ok && c < kChannels; ++c) ok = run_step(exec, steps[k], c, states[c], k);
+      CHECK_EQ(ok, !steps[k].fails);
+      if (!ok) return;
       exec.sync(true);
       if (exec.leader()) verify(steps[k], k);
     }
@@ -113,40 +121,22 @@ class Rank {
             0};
   }
 
-  void run_step(Exec& exec, const Step& s, int channel, WindowState& state, int step) {
-    const int world = table_.geometry.world;
+  bool run_step(Exec& exec, const Step& s, int channel, WindowState& state, int step) {
     const CallRecord mine = record(s, step);
-    std::vector<CallRecord> records(world);
-    Operation op{
-        reinterpret_cast<std::byte*>(in_),     reinterpret_cast<std::byte*>(out_), sizeof(int32_t), table_.rank, world,
-        cut(mine, table_.geometry, channel, 2)};
-    if (s.collective == Collective::kReduceScatter) op.out += table_.rank * (s.count / world) * sizeof(int32_t);
-    Window<Exec> w(exec, op, table_, channel, state, records.data(), mine);
-    const auto enter = [&] {
-      if (exec.leader()) table_.barrier_cell(table_.rank, channel, state.epoch + 1).record = mine;
-      if (!w.barrier()) return false;
-      for (int r = 0; r < world; ++r) {
-        records[r] = table_.barrier_cell(r, channel, state.epoch).record;
-        CHECK(same_call(records[r], mine));
-      }
-      return true;
+    Operation op{reinterpret_cast<std::byte*>(in_),
+                 reinterpret_cast<std::byte*>(out_),
+                 sizeof(int32_t),
+                 table_.rank,
+                 table_.geometry.world,
+                 {}};
+    if (s.collective == Collective::kReduceScatter) op.out += table_.rank * (s.count / op.world) * sizeof(int32_t);
+    const auto enter = [&](Window<Exec>& w) {
+      return enter_comparing(exec, w, table_, channel, state, records_.data(), mine);
     };
-    if (s.algorithm == Algorithm::kRing || s.algorithm == Algorithm::kTree) {
-      enter();
-      Channel<Exec> c(exec, op, table_.geometry.link_slots, table_.geometry.link_bytes);
-      if (s.algorithm == Algorithm::kRing) run_channel(c, links_[channel].ring);
-      if (s.algorithm == Algorithm::kTree) run_channel(c, links_[channel].tree);
-    } else if (s.collective == Collective::kBroadcast) {
-      run_window<Broadcast>(w, enter);
-    } else if (s.collective == Collective::kAllGather) {
-      run_window<AllGather>(w, enter);
-    } else if (s.collective == Collective::kReduceScatter) {
-      run_window<ReduceScatter>(w, enter);
-    } else if (s.algorithm == Algorithm::kTwoShot) {
-      run_window<TwoShotAllReduce>(w, enter);
-    } else {
-      run_window<OneShotAllReduce>(w, enter);
-    }
+    return dispatch_call(mine.collective, mine.algorithm, [&](auto tag) {
+      return run_call<typename decltype(tag)::type>(exec, op, table_, channel, kChannels, links_[channel], state,
+                                                    records_.data(), mine, enter);
+    });
   }
 
   void verify(const Step& s, int step) const {
@@ -165,6 +155,8 @@ class Rank {
 
   PeerTable table_;
   HostThreadGroup group_;
+  const uint64_t first_exchange_;
+  std::vector<CallRecord> records_;
   std::deque<ChannelLinks> links_;
   bool in_heap_ = false;
   std::vector<int32_t> private_;
@@ -175,7 +167,8 @@ std::vector<Step> all_steps(int world) {
   std::vector<Step> steps;
   for (const size_t count : {size_t{0}, size_t{1}, size_t{131}, size_t{1500}}) {
     for (const bool in_heap : {false, true}) {
-      for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kTwoShot, Algorithm::kRing, Algorithm::kTree}) {
+      for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kOneShotLl, Algorithm::kTwoShot, Algorithm::kTwoShotLl,
+                                Algorithm::kRing, Algorithm::kTwoShotLl, Algorithm::kTree, Algorithm::kMultimem}) {
         steps.push_back({Collective::kAllReduce, a, count, in_heap});
       }
       steps.push_back({Collective::kBroadcast, Algorithm::kDirect, count, in_heap});
@@ -186,17 +179,55 @@ std::vector<Step> all_steps(int world) {
   return steps;
 }
 
+// All ranks at once, each with its own steps.
+void run_ranks(std::deque<Rank>& ranks, const std::vector<std::vector<Step>>& steps) {
+  std::vector<std::thread> threads;
+  for (size_t r = 0; r < ranks.size(); ++r) threads.emplace_back([&, r] { ranks[r].run(steps[r % steps.size()]); });
+  for (std::thread& t : threads) t.join();
+}
+
+void test_all_steps_again_and_again(int world, uint64_t first_exchange) {
+  World memory(world);
+  std::deque<Rank> ranks;
+  for (int r = 0; r < world; ++r) ranks.emplace_back(memory, r, first_exchange);
+  // What an earlier turn of the flags may have left: it must not be taken for what is waited for.
+  for (int r = 0; r < world && first_exchange > 0; ++r) {
+    const PeerTable table{r, memory.geometry, memory.base.data()};
+    const uint64_t stale = uint64_t{static_cast<uint32_t>(first_exchange + 8) | 0x80000000u} << 32 | 12345;
+    const size_t words = world * kWordBytes / sizeof(uint64_t);
+    for (int c = 0; c < kChannels; ++c) {
+      for (const uint64_t parity : {0, 1}) std::fill_n(table.words(r, c, parity, 0), words, stale);
+    }
+  }
+  run_ranks(ranks, {all_steps(world)});
+  for (const Rank& rank : ranks) CHECK_EQ(rank.mismatches(), 0);
+}
+
+// Ranks that differ from rank 0 in one respect: all are told, none hangs.
+void test_mismatch(int world, const Step& first, const Step& others) {
+  World memory(world);
+  std::deque<Rank> ranks;
+  for (int r = 0; r < world; ++r) ranks.emplace_back(memory, r);
+  std::vector<std::vector<Step>> steps(world, {others});
+  steps[0] = {first};
+  run_ranks(ranks, steps);
+  for (const Rank& rank : ranks) CHECK_EQ(rank.mismatches(), 1);
+}
+
 }  // namespace
 
 int main() {
-  for (int world = 2; world <= 8; ++world) {
-    World memory(world);
-    const std::vector<Step> steps = all_steps(world);
-    std::deque<Rank> ranks;
-    for (int r = 0; r < world; ++r) ranks.emplace_back(memory, r);
-    std::vector<std::thread> threads;
-    for (Rank& rank : ranks) threads.emplace_back([&] { rank.run(steps); });
-    for (std::thread& t : threads) t.join();
+  for (int world = 1; world <= 8; ++world) test_all_steps_again_and_again(world, 0);
+  for (const int world : {2, 3, 8}) test_all_steps_again_and_again(world, (uint64_t{1} << 32) - 3);
+  const auto all_reduce = [](Algorithm a, size_t count) { return Step{Collective::kAllReduce, a, count, false, true}; };
+  for (const int world : {2, 3, 5}) {
+    for (const Algorithm a : {Algorithm::kOneShotLl, Algorithm::kTwoShotLl, Algorithm::kTwoShot}) {
+      test_mismatch(world, all_reduce(a, 100), all_reduce(a, 101));
+      test_mismatch(world, all_reduce(a, 0), all_reduce(a, 1));
+      test_mismatch(world, all_reduce(a, 100), all_reduce(Algorithm::kRing, 100));
+      test_mismatch(world, all_reduce(Algorithm::kMultimem, 100), all_reduce(a, 100));
+      test_mismatch(world, {Collective::kBroadcast, Algorithm::kDirect, 100, false, true}, all_reduce(a, 100));
+    }
   }
   return check::report();
 }

@@ -18,6 +18,7 @@ class HostThreadGroup {
   const int size;
   std::barrier<> meet;
   std::atomic<bool> ok[2] = {true, true};  // votes of this sync and of the next
+  std::atomic<int> mismatches = 0;
 };
 
 // One thread of the group, for elements of type T combined by Op.
@@ -25,7 +26,7 @@ template <class T, pycoll::ReduceOp Op>
 class HostThreadExecutor {
  public:
   HostThreadExecutor(HostThreadGroup& group, int thread, int world)
-      : group_(group), thread_(thread), sources_(world + 2), destinations_(world + 2) {}
+      : group_(group), thread_(thread), sources_(world + 2), destinations_(world + 2), units_(world) {}
 
   size_t thread() const { return thread_; }
   size_t size() const { return group_.size; }
@@ -61,6 +62,27 @@ class HostThreadExecutor {
     const void* const srcs[] = {src};
     pycoll::combine_strided<uint8_t, pycoll::ReduceOp::kSum>(*this, {dsts, 1, srcs, 1, 0, true, 1, bytes});
   }
+  template <class Predicate>
+  bool await_until(const Predicate& predicate, int) const {
+    while (!predicate()) std::this_thread::yield();
+    return true;
+  }
+  uint64_t reduce(const uint64_t* units, int count) const { return pycoll::reduce_unit<T, Op>(units, count); }
+  uint64_t* units() { return units_.data(); }
+  void fence() const {  // one that ThreadSanitizer knows
+    static std::atomic<int> all{0};
+    all.fetch_add(1);
+  }
+  // What the switch does, by hand.
+  void reduce_in_switch(const pycoll::PeerTable& table, size_t offset, size_t count) {
+    const int world = table.geometry.world;
+    for (int r = 0; r < world; ++r) sources_[r] = destinations_[r] = table.base[r] + offset;
+    combine({destinations_.data(), world, sources_.data(), world, 0, true, world, count});
+  }
+  void report_mismatch(const pycoll::PeerTable& table, int channel, uint64_t epoch) {
+    await_barrier(table, channel, epoch);
+    ++group_.mismatches;
+  }
   const void** sources() { return sources_.data(); }
   void** destinations() { return destinations_.data(); }
 
@@ -70,4 +92,5 @@ class HostThreadExecutor {
   unsigned syncs_ = 0;
   std::vector<const void*> sources_;
   std::vector<void*> destinations_;
+  std::vector<uint64_t> units_;
 };

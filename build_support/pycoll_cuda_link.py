@@ -1,0 +1,97 @@
+"""Whether the whole extension links against a CUDA torch and can be imported (`make cuda-link`). It needs no GPU.
+
+An environment under build/ gets the CUDA torch, and a copy of the sources is built in it for one GPU: the extension of
+the checkout, which is built in place for another torch, stays as it is. Environment and objects are kept, so that from
+the second time on only what has changed is compiled.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pycoll_cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "build_support", "csrc", "pycoll", "benchmarks")
+# Of what a checkout holds there, what a build leaves behind.
+LEFT_OUT = shutil.ignore_patterns("_C.*.so", "_C.*.json", "*.egg-info", "__pycache__", "results")
+ARCH = "9.0"
+
+
+def build_requirements(root: Path = ROOT) -> list[str]:
+    """Of pyproject.toml, and NumPy, without which torch and pycoll cannot be imported in full."""
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^\[build-system\]\nrequires = (\[.*\])$", text, re.MULTILINE)  # tomllib came with Python 3.11
+    if listed is None:
+        raise SystemExit("cuda-link: pyproject.toml does not begin with [build-system] and its requires in one line")
+    return [*json.loads(listed[1]), "numpy"]
+
+
+def copy_sources(target: Path, root: Path = ROOT) -> None:
+    """Make `target` a copy of what the package is built from; its build/, where the objects are, stays."""
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.iterdir():
+        if old.name == "build":
+            continue
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    for name in SOURCES:  # with their times of change, by which ninja tells what to compile
+        if (root / name).is_dir():
+            shutil.copytree(root / name, target / name, ignore=LEFT_OUT)
+        else:
+            shutil.copy2(root / name, target / name)
+
+
+def pip(python: Path) -> list[str | Path]:
+    return [python, "-m", "pip", "--disable-pip-version-check", "install"]
+
+
+def environment(folder: Path, torch: str) -> Path:
+    """The Python of the environment `folder`, made if need be, with that torch and what the build needs in it.
+
+    Raises CalledProcessError where they cannot be installed, for reasons that pip has printed.
+    """
+    python = folder / "bin" / "python"
+    if not (folder / "bin" / "pip").is_file():  # what is made last
+        print(f"cuda-link: torch {torch} with its CUDA libraries goes into {folder}, once: gigabytes", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([*pip(python), "--quiet", f"torch=={torch}", *build_requirements()], check=True)
+    return python
+
+
+def link(torch: str, root: Path = ROOT) -> int:
+    """Install, build, and run tests/link_check.py; the exit status."""
+    nvcc = pycoll_cuda.find_nvcc()
+    if nvcc is None:
+        print(f"cuda-link: left out, {pycoll_cuda.NO_NVCC}")
+        return 0
+    sources = root / "build" / "cuda-link"
+    try:
+        python = environment(root / "build" / "cuda-torch", torch)
+        copy_sources(sources, root)
+        environ = {
+            **os.environ,
+            "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # ninja is there
+            "CUDA_HOME": str(nvcc.home),
+            "PYCOLL_CUDA": "1",
+            "TORCH_CUDA_ARCH_LIST": ARCH,
+        }
+        build = [*pip(python), "--no-build-isolation", "--no-deps", "--editable", sources]
+        subprocess.run(build, env=environ, check=True)
+        check = root / "tests" / "link_check.py"
+        no_gpu = {**environ, "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([python, "-I", check, sources], env=no_gpu, check=True)  # -I: not the checkout's own pycoll
+    except subprocess.CalledProcessError as problem:
+        print(f"cuda-link: failed: {' '.join(map(str, problem.cmd))}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(link(sys.argv[1]))
