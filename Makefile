@@ -73,20 +73,8 @@ cuda-check:  ## compile the kernels for sm_80 to sm_120, where there is nvcc; no
 cuda-link:  ## build all of pycoll with CUDA, where there is nvcc, link it with a CUDA torch and import it; no GPU needed
 	@$(PYTHON) build_support/pycoll_cuda_link.py $(CUDA_TORCH)
 
-# An environment that sees the machine's own packages: nothing is taken from a network.
 gpu:  ## where there is a GPU: build for it with the torch that is there, test, check memory, benchmark; results in OUT=
-	@mkdir -p $(OUT)
-	test -x build/gpu/bin/python || $(PYTHON) -m venv --system-site-packages build/gpu
-	PYCOLL_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
-	build/gpu/bin/python -m pip install --no-index --no-build-isolation --no-deps --editable .
-	@status=0; \
-	build/gpu/bin/python -m pytest -m cuda --junitxml=$(OUT)/tests.xml || status=1; \
-	for tool in memcheck synccheck; do \
-		compute-sanitizer --tool $$tool --error-exitcode 1 --log-file $(OUT)/$$tool.txt \
-		build/gpu/bin/python -m pytest -q -m cuda -k 'every_dtype and 3' || status=1; \
-	done; \
-	build/gpu/bin/python -m pycoll.benchmarks.local_group --output $(OUT) || status=1; \
-	exit $$status
+	@$(PYTHON) build_support/pycoll_gpu.py $(OUT)
 
 clean:  ## remove what was built, not $(VENV)
 	rm -rf build dist *.egg-info pycoll/_C*.so pycoll/_C*.json .mypy_cache .pytest_cache .ruff_cache

@@ -68,13 +68,12 @@ class Contest:
         count = size // values.ITEMSIZE[self.report.dtype]
         for group, keys in list(self._groups.items()):
             for key in keys:
-                refusals = self._ask(group, "prepare", key, count, self.report.dtype)
-                reason = next((words for words in refusals if words is not None), None)
-                if reason is not None:
-                    self._ask(group, "release", key)
-                    self.report.left_out.append(f"{' '.join(key)} at {timing.format_bytes(size)}: {reason}")
+                prepared = self._ask(group, "prepare", key, count, self.report.dtype)
+                if self._refused(group, key, size, prepared):
                     continue
                 errors = self._ask(group, "check", key)
+                if self._refused(group, key, size, errors):
+                    continue
                 if not errors:
                     break
                 entrant = _Entrant(group, key, self._checked(key, size, errors))
@@ -87,6 +86,15 @@ class Contest:
                         break
                 entrants.append(entrant)
         return entrants
+
+    def _refused(self, group: RankGroup, key: Key, size: int, replies: list[Any]) -> bool:
+        """Whether a rank takes no part, which is noted; the contender is released."""
+        reason = next((words for words in replies if isinstance(words, str)), None)
+        if reason is None:
+            return False
+        self._ask(group, "release", key)
+        self.report.left_out.append(f"{' '.join(key)} at {timing.format_bytes(size)}: {reason}")
+        return True
 
     def _checked(self, key: Key, size: int, errors: list[float | None]) -> float | None:
         """The largest of all ranks' errors; notes a wrong result."""

@@ -81,6 +81,10 @@ def _capture(x: Tensor, call: Call, calls: int) -> tuple[torch.cuda.CUDAGraph, T
     return found, _result(returned, x)
 
 
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _result(returned: object, x: Tensor) -> Tensor:
     return returned if isinstance(returned, Tensor) else x
 
@@ -135,13 +139,16 @@ class GpuRank:
             x = contender.allocate(count, dtype)
             self._prepared[key] = MODES[key[-1]](x, contender.bind(x))
         except Exception as error:
-            return " ".join(f"{type(error).__name__}: {error}".split())
+            return _in_a_line(error)
         return None
 
-    def _check(self, key: ranks.Key) -> float | None:
+    def _check(self, key: ranks.Key) -> float | str | None:
         work = self._prepared[key]
         tensors.load_pattern(work.x, self.rank)
-        result = work.once()
+        try:
+            result = work.once()
+        except (pycoll.UnsupportedError, pycoll.UsageError) as error:  # on all ranks, which can go on
+            return _in_a_line(error)
         return tensors.sum_error(result, self.world_size) if self.contenders[key].reduces else None
 
     def _time(self, key: ranks.Key, calls: int) -> float:

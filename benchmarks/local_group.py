@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,10 @@ class LocalGroupBench:
     """Of the tensors."""
     algorithms: tuple[Algorithm, ...] = ("auto", "one_shot", "two_shot", "ring", "tree")
     """To compare."""
+    forced_factor: int = 4
+    """Between one size and the next for algorithms other than auto."""
+    seconds: float = 3600.0
+    """After so long no further case is begun."""
     output: Path = Path("bench-results")
     """Folder for the JSON file."""
 
@@ -97,6 +102,21 @@ def copy_ceiling(size: int, calls: int) -> float:
     return measure(captured(lambda: target.copy_(source), calls).replay, 1) / calls
 
 
+def cases_of(config: LocalGroupBench, free_bytes: int) -> list[tuple[int, int, str, tuple[Algorithm, ...]]]:
+    """What to run: ranks, size, dtype and algorithms; tensors that do not fit in `free_bytes` are left out."""
+    smallest, largest = timing.parse_bytes(config.smallest), timing.parse_bytes(config.largest)
+    chosen = set(timing.sizes(smallest, largest, config.factor, 4))
+    forced = set(timing.sizes(smallest, largest, config.forced_factor, 4))
+    found: list[tuple[int, int, str, tuple[Algorithm, ...]]] = []
+    for ranks in config.ranks:
+        for dtype in config.dtypes:
+            for size in sorted(chosen | forced):
+                here = tuple(name for name in config.algorithms if size in (chosen if name == "auto" else forced))
+                if here and 4 * ranks * size < free_bytes:
+                    found.append((ranks, size, dtype, here))
+    return found
+
+
 def rows_of(ranks: int, size: int, dtype: str, algorithms: tuple[Algorithm, ...]) -> Iterator[Row]:
     """All ways to run one case."""
     kind = cast(torch.dtype, getattr(torch, dtype))
@@ -132,25 +152,26 @@ def main(config: LocalGroupBench) -> int:
     if not torch.cuda.is_available():
         Console(stderr=True).print("pycoll bench local-group: there is no CUDA GPU", style="red")
         return 2
-    smallest, largest = timing.parse_bytes(config.smallest), timing.parse_bytes(config.largest)
-    free = torch.cuda.mem_get_info()[0]
-    cases = [
-        (ranks, size, dtype)
-        for ranks in config.ranks
-        for dtype in config.dtypes
-        for size in timing.sizes(smallest, largest, config.factor, 4)
-        if 4 * ranks * size < free
-    ]
     rows: list[Row] = []
-    for ranks, size, dtype in track(cases, "measuring", console=Console(stderr=True)):
-        rows += rows_of(ranks, size, dtype, config.algorithms)
+    left_out = []
+    deadline = time.monotonic() + config.seconds
+    cases = cases_of(config, torch.cuda.mem_get_info()[0])
+    for ranks, size, dtype, algorithms in track(cases, "measuring", console=Console(stderr=True)):
+        if time.monotonic() > deadline:
+            left_out.append(f"{ranks} ranks, {timing.format_bytes(size)}, {dtype}")
+            continue
+        rows += rows_of(ranks, size, dtype, algorithms)
         torch.cuda.empty_cache()
-    Console(width=110).print(table(rows))
+    console = Console(width=110)
+    console.print(table(rows))
+    if left_out:
+        console.print(f"Left out, as {config.seconds:.0f} s were over before: {'; '.join(left_out)}", highlight=False)
     config.output.mkdir(parents=True, exist_ok=True)
     found = {
         "benchmark": "local-group",
         "machine": {**machine.describe(), "gpu": torch.cuda.get_device_name()},
         "facts": {"torch": torch.__version__, "cuda": torch.version.cuda, "pycoll": pycoll.__version__},
+        "left_out": left_out,
         "rows": [{**asdict(row), "share_of_copy": row.share} for row in rows],
     }
     path = config.output / "local_group.json"

@@ -5,8 +5,9 @@ and NumPy alone. The orders that a driver gives:
 
 contenders -> their keys
 facts -> versions and settings, for the record
-prepare (key, elements, dtype) -> None, or in words why this contender takes no part at this size
+prepare (key, elements, dtype) -> None
 check (key) -> the error of one call on known values; None where there is no result
+prepare and check may also reply in words, why this contender takes no part at this size
 time (key, calls) -> seconds for so many calls, after a few that warm up
 release (key)
 """

@@ -21,14 +21,19 @@ import torch.distributed as dist
 
 from pycoll.communicator import Communicator
 from pycoll.errors import Error, TimeoutError
-from pycoll.tuning import Config, MiB
+from pycoll.tuning import CUDA, Config, MiB
 
 T = TypeVar("T")
 SMALL = Config(heap_bytes=256 * MiB)
 
 
 def run_threads(
-    fn: Callable[[Communicator], T], world_size: int, *, config: Config = SMALL, timeout: float = 60.0
+    fn: Callable[[Communicator], T],
+    world_size: int,
+    *,
+    config: Config = SMALL,
+    cuda_config: Config = CUDA,
+    timeout: float = 60.0,
 ) -> list[T]:
     """Calls `fn(comm)` as every rank, each in a thread of this process. Returns the results in rank order.
 
@@ -41,7 +46,9 @@ def run_threads(
 
     def rank_main(rank: int) -> None:
         try:
-            with Communicator(store, rank, world_size, timeout=timeout, config=config, name="threads") as comm:
+            with Communicator(
+                store, rank, world_size, timeout=timeout, config=config, cuda_config=cuda_config, name="threads"
+            ) as comm:
                 try:
                     results[rank] = fn(comm)
                 except BaseException as e:  # before close() lets the other ranks know
@@ -94,10 +101,14 @@ class Rank:
             timeout=timedelta(seconds=timeout),
         )
 
-    def communicator(self, *, timeout: float = 60.0, config: Config = SMALL, name: str = "ranks") -> Communicator:
+    def communicator(
+        self, *, timeout: float = 60.0, config: Config = SMALL, cuda_config: Config = CUDA, name: str = "ranks"
+    ) -> Communicator:
         """A communicator of all ranks, which meet in `folder`; see `pycoll.Communicator`."""
         store = dist.FileStore(str(self.folder / "store"), self.world_size)
-        return Communicator(store, self.rank, self.world_size, timeout=timeout, config=config, name=name)
+        return Communicator(
+            store, self.rank, self.world_size, timeout=timeout, config=config, cuda_config=cuda_config, name=name
+        )
 
 
 class Processes:

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture
+def fake_cuda() -> bool:
+    """Whether the GPUs are those of tests/fake_cuda, which run few of torch's own kernels."""
+    return "libfake_cuda" in os.environ.get("LD_PRELOAD", "")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pycoll.benchmarks import (
     ceiling_ranks,
     gpu,
     gpu_ranks,
+    local_group,
     mpi,
     plot,
     ranks,
@@ -319,10 +320,14 @@ def into_another(x):  # as torch's one-shot
 def wrong(x):
     return lambda: comm.all_reduce(x).add_(1)
 
+def unsupported(x):
+    return lambda: comm.all_reduce(x, algorithm="odd")
+
 in_place = lambda x: partial(comm.all_reduce, x)
 contenders = {
     "pycoll": {("pycoll", "auto", "private", "eager"): gpu_ranks.Contender(allocate, in_place),
-               ("pycoll", "auto", "symmetric", "eager"): gpu_ranks.Contender(allocate, into_another)},
+               ("pycoll", "auto", "symmetric", "eager"): gpu_ranks.Contender(allocate, into_another),
+               ("pycoll", "odd", "private", "eager"): gpu_ranks.Contender(allocate, unsupported)},
     "NCCL": {("NCCL", "default", "private", "eager"): gpu_ranks.Contender(refuse, in_place)},
     "wrong": {("wrong", "default", "private", "eager"): gpu_ranks.Contender(allocate, wrong)},
 }
@@ -360,8 +365,10 @@ def test_a_small_run_on_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert (row["x_nccl"] is None) == (row["dtype"] == "bfloat16")
     assert found["left_out"] == [
         "absent: it is not there",
+        found["left_out"][1],
         "NCCL default private eager at 8 B, 1 KiB: ValueError: no room",
     ]
+    assert found["left_out"][1].startswith("pycoll odd private eager at 8 B, 1 KiB: UsageError: pycoll: ")
     assert found["machine"]["gpu"] == "a GPU" and found["facts"]["NCCL"]["torch"] == torch.__version__
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
@@ -510,6 +517,19 @@ def test_the_table_of_gpus_compares_with_nccl_in_the_same_mode(tmp_path: Path) -
     assert gpu.succeeded(found)
     found.reports[1].failures.append("pycoll: gone")
     assert not gpu.succeeded(found)
+
+
+def test_ranks_on_one_gpu_have_fewer_sizes_for_forced_algorithms() -> None:
+    config = local_group.LocalGroupBench(
+        ranks=(2,), smallest="1KiB", largest="1MiB", dtypes=("float32",), algorithms=("auto", "ring"), forced_factor=16
+    )
+    cases = local_group.cases_of(config, 2**30)
+    both, auto = ("auto", "ring"), ("auto",)
+    sizes = zip([KIB, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB], [both, both, auto, both, auto, both], strict=True)
+    assert cases == [(2, size, "float32", algorithms) for size, algorithms in sizes]
+    assert [size for _, size, _, _ in local_group.cases_of(config, 4 * MIB)] == [size for _, size, _, _ in cases][:-1]
+    config.algorithms = ("ring",)
+    assert [size for _, size, _, _ in local_group.cases_of(config, 2**30)] == [KIB, 4 * KIB, 64 * KIB, MIB]
 
 
 def test_readme_shows_committed_results() -> None:

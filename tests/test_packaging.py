@@ -14,6 +14,7 @@ from typing import Any
 import pycoll_build
 import pycoll_cuda
 import pycoll_cuda_link
+import pycoll_gpu
 import pycoll_ptxas
 import pycoll_torch
 import pytest
@@ -489,3 +490,79 @@ def test_cuda_link_fails_where_pip_does(
     assert [command[1:3] for command in commands] == [["-m", "venv"], ["-m", "pip"]]
     assert "torch==2.11.0" in commands[1]
     assert "cuda-link: failed: " in capsys.readouterr().err
+
+
+# make gpu
+
+
+def test_make_gpu_names_what_is_missing_before_it_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        pycoll_gpu, "NEEDS", {"json": ("json", "0"), "absent_a": ("absent-a", "1"), "numpy": ("numpy", "999")}
+    )
+    monkeypatch.setattr(pycoll_gpu, "run", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert pycoll_gpu.main(tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert f"lacks absent-a, numpy>=999 (it has {importlib.metadata.version('numpy')}), ninja, nvcc" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_make_gpu_needs_what_the_project_requires() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    required = project["build-system"]["requires"] + project["project"]["optional-dependencies"]["dev"]
+    oldest = dict(line.split(">=") for line in required if ">=" in line)
+    needs = dict(pycoll_gpu.NEEDS.values())
+    assert {name: needs[name] for name in oldest.keys() & needs.keys()} == {
+        name: oldest[name] for name in ("setuptools", "pytest", "pytest-timeout")
+    }
+
+
+def test_make_gpu_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"make gpu: torch .+ sees no CUDA GPU"):
+        pycoll_gpu.architecture()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert pycoll_gpu.architecture() == "9.0"
+
+
+def test_the_environment_of_make_gpu_has_what_this_one_has(tmp_path: Path) -> None:
+    """This one is an environment itself, as a rule, whose packages a new one would not see by itself."""
+    environment = pycoll_gpu.environment(tmp_path / "gpu")
+    code = "import sys, torch, pip; print(torch.__file__, sys.prefix)"
+    done = subprocess.run([environment, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.stdout.split() == [torch.__file__, str(tmp_path / "gpu")], done.stderr
+
+
+def test_make_gpu_ends_in_time(tmp_path: Path) -> None:
+    assert sum(step.seconds for step in pycoll_gpu.steps(Path("python"), tmp_path)) <= pycoll_gpu.SECONDS < 600
+
+
+def shell(name: str, script: str, seconds: int = 1, needed: bool = False) -> pycoll_gpu.Step:
+    return pycoll_gpu.Step(name, ["/bin/sh", "-c", script], seconds, needed)
+
+
+def test_steps_of_make_gpu_go_on_after_failures(tmp_path: Path) -> None:
+    chosen = [
+        shell("first", "exit 0"),
+        shell("second", "exit 3"),
+        pycoll_gpu.Step("third", [tmp_path / "absent"], 1),
+        shell("fourth", f"touch {tmp_path}/fourth"),
+    ]
+    wrong = pycoll_gpu.run(chosen, {}, 60)
+    assert [line.partition(" (")[0] for line in wrong] == ["second failed with status 3", "third could not be started"]
+    assert (tmp_path / "fourth").exists()
+    assert pycoll_gpu.run([shell("build", "exit 1", needed=True), shell("tests", "exit 1")], {}, 60) == [
+        "build failed with status 1"
+    ]
+
+
+def test_a_step_of_make_gpu_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    chosen = [shell("slow", f"sleep 60 & echo $! > {tmp_path}/pid; wait", 1), shell("later", "exit 0", 30)]
+    assert pycoll_gpu.run(chosen, {"PATH": os.defpath}, 31.0) == ["slow was ended, as it was not done in 1 s"]
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -56,6 +56,7 @@ struct PeerGroup::Heap {
   std::mutex lock;
   at::Device device;
   std::byte* base = nullptr;  // of the heap, within this rank's range
+  size_t limit = 0;           // bytes of addresses
   Range* range = nullptr;     // null once closed: no more growth
   cpu::FirstFit blocks;
   std::vector<at::cuda::CUDAEvent> freed;  // when the memory that came back was last used
@@ -76,11 +77,16 @@ struct PeerGroup::Heap {
     const c10::cuda::CUDAGuard on(device);
     const size_t need = round_up(std::max<size_t>(bytes, 1), 512);
     std::optional<size_t> offset = blocks.take(need, 512);
-    if (!offset && range != nullptr) {
-      grow(round_up(need, kHeapStep));
+    if (!offset) {
+      if (range == nullptr) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
+      if (blocks.size() + round_up(need, kHeapGrain) > limit) {
+        throw Error(ErrorKind::kError, "pycoll: the shared heap on the GPU has no room for " + std::to_string(bytes) +
+                                           " bytes (" + std::to_string(blocks.used()) + " of " + std::to_string(limit) +
+                                           " in use): free tensors, or raise heap_bytes of `cuda_config`");
+      }
+      grow(smaller(round_up(need, kHeapStep), limit - blocks.size()));
       offset = blocks.take(need, 512);
     }
-    if (!offset) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
     // What used the memory before may still run, on another stream.
     for (at::cuda::CUDAEvent& event : freed) event.block(at::cuda::getCurrentCUDAStream());
     freed.clear();
@@ -99,8 +105,9 @@ struct PeerGroup::Heap {
   }
 
   void grow(size_t bytes) {
-    parts.push_back({blocks.size(), Physical::create(device.index(), bytes)});
-    range->append(parts.back().memory);
+    Physical memory = Physical::create(device.index(), bytes);
+    range->append(memory);
+    parts.push_back({blocks.size(), std::move(memory)});
     blocks.extend(bytes);
   }
 
@@ -194,6 +201,7 @@ void PeerGroup::make_segment() {
   check_cuda(cudaDeviceSynchronize(), "preparing the segment");
   heap_->base = range.data() + geometry_.heap_offset();
   heap_->range = &range;
+  heap_->limit = geometry_.heap_bytes;
   heap_->sent.assign(host_.world(), 0);
   heap_->self = host_.rank();
 }
