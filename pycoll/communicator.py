@@ -6,32 +6,24 @@ import atexit
 import itertools
 import math
 import operator
-import os
-import tempfile
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pycoll import _C, tuning
-from pycoll.errors import Error, UnsupportedError, UsageError
+from pycoll.arrays import Array, like, stream_of, tensor_of, with_index
+from pycoll.errors import Error, UsageError
+from pycoll.rendezvous import store_from_env
 from pycoll.tuning import Config, GiB
-
-if TYPE_CHECKING:
-    import cupy
-    from numpy.typing import NDArray
 
 Op = Literal["sum", "avg", "min", "max", "product"]
 Algorithm = Literal["auto", "one_shot", "two_shot", "ring", "tree", "one_shot_ll", "two_shot_ll", "multimem"]
-Array = TypeVar("Array", Tensor, "NDArray[np.generic]", "cupy.ndarray")
 
 LONGEST = 1e9
 """Seconds that stand for ever: what clocks and torch's stores can still add up."""
@@ -132,7 +124,7 @@ class Communicator:
         Raises:
             UsageError: the environment names no rank.
         """
-        store, rank, world_size = _store_from_env(seconds(timeout))
+        store, rank, world_size = store_from_env(seconds(timeout))
         return cls(store, rank, world_size, timeout=timeout, config=config, cuda_config=cuda_config)
 
     def all_reduce(self, x: Array, op: Op = "sum", *, out: Array | None = None, algorithm: Algorithm = "auto") -> Array:
@@ -152,14 +144,14 @@ class Communicator:
             self._impl.all_reduce(x, None, op, algorithm)
             return x
         result = x if out is None else out
-        with _stream_of(x):
-            self._impl.all_reduce(_tensor(x), None if out is None else _tensor(out), op, algorithm)
+        with stream_of(x):
+            self._impl.all_reduce(tensor_of(x), None if out is None else tensor_of(out), op, algorithm)
         return result
 
     def broadcast(self, x: Array, root: int = 0) -> Array:
         """Overwrites `x` on every rank with rank `root`'s. Any dtype; the same shape on all ranks. Returns `x`."""
-        with _stream_of(x):
-            self._impl.broadcast(_tensor(x), root)
+        with stream_of(x):
+            self._impl.broadcast(tensor_of(x), root)
         return x
 
     def all_gather(self, x: Array, *, out: Array | None = None) -> Array:
@@ -172,14 +164,14 @@ class Communicator:
         Returns:
             `out`.
         """
-        tensor = _tensor(x)
+        tensor = tensor_of(x)
         shape: tuple[int, ...] = tuple(tensor.shape) or (1,)
-        with _stream_of(x):
+        with stream_of(x):
             if out is None:
                 gathered = tensor.new_empty((self.world_size * shape[0], *shape[1:]))
                 self._impl.all_gather(tensor, gathered)
-                return _like(x, gathered)
-            self._impl.all_gather(tensor, _tensor(out))
+                return like(x, gathered)
+            self._impl.all_gather(tensor, tensor_of(out))
             return out
 
     def reduce_scatter(self, x: Array, op: Op = "sum", *, out: Array | None = None) -> Array:
@@ -193,18 +185,18 @@ class Communicator:
         Returns:
             `out`.
         """
-        tensor: Tensor = _tensor(x)
+        tensor: Tensor = tensor_of(x)
         if tensor.dim() == 0 or tensor.shape[0] % self.world_size:
             raise UsageError(
                 f"pycoll: reduce_scatter needs a first dimension that {self.world_size} ranks divide, "
                 f"not shape {tuple(tensor.shape)}"
             )
-        with _stream_of(x):
+        with stream_of(x):
             if out is None:
                 block = tensor.new_empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]))
                 self._impl.reduce_scatter(tensor, block, op)
-                return _like(x, block)
-            self._impl.reduce_scatter(tensor, _tensor(out), op)
+                return like(x, block)
+            self._impl.reduce_scatter(tensor, tensor_of(out), op)
             return out
 
     def barrier(self) -> None:
@@ -237,14 +229,14 @@ class Communicator:
             raise UsageError(f"pycoll: empty() needs sizes of zero or more, not {tuple(sizes)}")
         if math.prod(sizes) >= 1 << 46:
             raise Error(f"pycoll: the shared heap has no room for a tensor of shape {tuple(sizes)}")
-        return self._impl.empty(sizes, dtype, _with_index(torch.device(device)))
+        return self._impl.empty(sizes, dtype, with_index(torch.device(device)))
 
     def mem_pool(self, device: torch.device | str = "cuda") -> torch.cuda.MemPool:
         """A pool for `torch.cuda.use_mem_pool`: what torch allocates in it lies in the shared heap, as from `empty()`.
 
         The ranks must have met on their GPUs, or all call this. Free the pool's tensors before closing.
         """
-        allocator = self._impl.mem_allocator(_with_index(torch.device(device)))
+        allocator = self._impl.mem_allocator(with_index(torch.device(device)))
         return torch.cuda.MemPool() if allocator is None else torch.cuda.MemPool(allocator)
 
     def footprint(self) -> int:
@@ -286,120 +278,12 @@ class Communicator:
         return f"<pycoll.Communicator rank {self.rank} of {self.world_size}: {state}>"
 
 
-def _with_index(device: torch.device) -> torch.device:
-    """`device`, with the current one's index where it names none."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-
-
-def _is_cupy(x: object) -> bool:
-    return type(x).__module__.partition(".")[0] == "cupy"
-
-
-def _stream_of(x: object) -> AbstractContextManager[object]:
-    """Makes CuPy's current stream torch's, for CuPy arrays."""
-    if not _is_cupy(x):
-        return nullcontext()
-    import cupy
-
-    stream = cupy.cuda.get_current_stream()
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr, device=x.device.id))  # type: ignore[attr-defined]
-
-
-def _tensor(x: object) -> Tensor:
-    """`x` as a torch tensor over the same memory."""
-    if isinstance(x, Tensor):
-        return x
-    if _is_cupy(x):
-        return torch.from_dlpack(x)
-    if not isinstance(x, np.ndarray):
-        raise UnsupportedError(f"pycoll communicates torch tensors, NumPy and CuPy arrays, not {type(x).__name__}")
-    if not x.flags.writeable:
-        raise UsageError("pycoll: the NumPy array is read-only; pass a writable copy")
-    try:
-        return torch.from_numpy(x)
-    except (TypeError, ValueError) as e:
-        advice = "pass a contiguous copy in native byte order, such as numpy.ascontiguousarray(x, dtype=numpy.float32)"
-        raise UnsupportedError(f"pycoll cannot use a NumPy array of {x.dtype} ({e}): {advice}") from e
-
-
-def _like(x: Array, result: Tensor) -> Array:
-    if isinstance(x, Tensor):
-        return result
-    if _is_cupy(x):
-        import cupy
-
-        return cupy.from_dlpack(result)  # type: ignore[no-any-return]
-    return result.numpy()
-
-
-_LAUNCHERS = (  # variables that hold rank, world size and (parts of) a name of the job
-    ("RANK", "WORLD_SIZE", ()),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")),
-    ("PMI_RANK", "PMI_SIZE", ()),
-    ("SLURM_PROCID", "SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_ID")),
-)
-
-
 def seconds(timeout: float | timedelta) -> float:
     """A time-out in seconds, at most LONGEST. Raises UsageError unless it is positive."""
     value = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
     if not value > 0:
         raise UsageError(f"pycoll: the timeout must be positive, in seconds, not {timeout}")
     return min(value, LONGEST)
-
-
-def _store_from_env(timeout: float) -> tuple[dist.Store, int, int]:
-    for rank_key, world_key, job_keys in _LAUNCHERS:
-        if rank_key not in os.environ or world_key not in os.environ:
-            continue
-        rank, world_size = _count_from_env(rank_key), _count_from_env(world_key)
-        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-            return _rendezvous_store(rank, world_size, timeout), rank, world_size
-        if rank_key == "RANK":
-            raise UsageError(
-                "pycoll: RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: start with torchrun"
-            )
-        return _file_store(job_keys, world_size), rank, world_size
-    raise UsageError(
-        "pycoll: the environment names no rank: start with torchrun, mpirun or srun, "
-        "or give a store, rank and world size"
-    )
-
-
-def _count_from_env(name: str) -> int:
-    if not os.environ[name].isdecimal():
-        raise UsageError(f"pycoll: the environment variable {name} must be a count, not {os.environ[name]!r}")
-    return int(os.environ[name])
-
-
-_rendezvous_stores: dict[tuple[str, str, int, int], dist.Store] = {}
-
-
-def _rendezvous_store(rank: int, world_size: int, timeout: float) -> dist.Store:
-    """The store at MASTER_ADDR. Kept while this process lives: rank 0's may be what serves it, also to late ranks."""
-    key = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank, world_size)
-    if key not in _rendezvous_stores:
-        patience = timedelta(seconds=timeout)
-        _rendezvous_stores[key] = next(dist.rendezvous("env://", rank, world_size, timeout=patience))[0]
-    return _rendezvous_stores[key]
-
-
-def _file_store(job_keys: Sequence[str], world_size: int) -> dist.Store:
-    """Where ranks meet whose launcher gives no address: a file named after the job, which the last one removes."""
-    job = "-".join(os.environ[key] for key in job_keys if key in os.environ) or f"launcher-{_launcher_pid()}"
-    name = f"pycoll-{os.getuid()}-{''.join(c if c.isalnum() else '-' for c in job)}-{next(_names)}"
-    return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)
-
-
-def _launcher_pid() -> int:
-    """The process that started this rank's session (MPICH's proxy), whatever scripts lie between."""
-    session = os.getsid(0)
-    if session == 0:  # it was started outside this PID namespace, so not by a launcher within
-        return os.getppid()
-    stat = Path(f"/proc/{session}/stat").read_text(encoding="utf-8", errors="replace")
-    return int(stat.rpartition(")")[2].split()[1])
 
 
 @atexit.register

@@ -601,7 +601,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for key in [key for key in os.environ if key.startswith(prefixes)]:
         monkeypatch.delenv(key)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("pycoll.communicator._rendezvous_stores", {})  # else kept while the process lives
+    monkeypatch.setattr("pycoll.rendezvous._rendezvous_stores", {})  # else kept while the process lives
     return tmp_path
 
 

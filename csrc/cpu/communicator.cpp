@@ -82,6 +82,18 @@ struct Communicator::Impl {
     return r;
   }
 
+  void check(const Call& call) const {
+    check_open();
+    if (!call.algorithm || call.meeting) return;
+    dispatch_call(call.collective, *call.algorithm, [&](auto tag) {
+      if constexpr (requires { typename decltype(tag)::type::OnlyOnGpus; }) {
+        throw Error(ErrorKind::kUnsupported, std::string("pycoll: ") + name(*call.algorithm) +
+                                                 " is for ranks whose GPUs reach one another, or that share one in a "
+                                                 "process: use auto, one_shot, two_shot, ring or tree");
+      }
+    });
+  }
+
   void take_turn(const Call& call, const std::function<void()>& before, bool in_caller) {
     if (before) {
       if (const std::exception_ptr failure = guarded(before)) std::rethrow_exception(failure);
@@ -163,9 +175,7 @@ struct Communicator::Impl {
                    const Enter& enter) {
     dispatch_call(mine.collective, mine.algorithm, [&](auto tag) {
       using A = typename decltype(tag)::type;
-      if constexpr (requires { typename A::OnlyOnGpus; }) {
-        throw Error(ErrorKind::kUnsupported, std::string("pycoll: ") + name(mine.algorithm) + " is for GPUs alone");
-      } else {
+      if constexpr (!requires { typename A::OnlyOnGpus; }) {  // see check()
         run_call<A>(exec, op, table, channel, channels, *links[channel], windows[channel], records.data(), mine, enter);
       }
     });
@@ -268,7 +278,7 @@ Communicator::~Communicator() {
 
 void Communicator::run(const Call& call, const std::function<void()>& before, const std::function<void()>& after) {
   Impl* impl = impl_.get();
-  impl->check_open();
+  impl->check(call);
   if (Queue::inside(&impl->queue)) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: a collective was called from within another, by a signal handler or a callback");
@@ -291,7 +301,7 @@ void Communicator::run(const Call& call, const std::function<void()>& before, co
 void Communicator::enqueue(const Call& call, std::function<void()> before,
                            std::function<void(std::exception_ptr)> done) {
   Impl* impl = impl_.get();
-  impl->check_open();
+  impl->check(call);
   {
     const std::lock_guard user(impl->mapped);
     if (impl->attachment) impl->watch.throw_if_failed();  // now, rather than when somebody waits
