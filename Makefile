@@ -23,11 +23,11 @@ INPUTS := pyproject.toml setup.py pycoll/version.py $(wildcard build_support/*.p
 help:  ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo 'VENV=DIR     an environment that is there already (default .venv, made when missing)'
-	@echo 'TORCH=X.Y.Z  the torch to install (default $(TORCH); without TORCH= one that is there already is kept)'
-	@echo 'CUDA_TORCH=X.Y.Z  the torch that cuda-link links with, under build/ (default $(CUDA_TORCH))'
-	@echo 'PYTHON=...   the Python that makes .venv (default python3)'
-	@echo 'ARGS="..."   passed on to pycoll train, pytest or pycoll bench'
+	@echo 'VENV=DIR            an environment that is there already (default .venv, made when missing)'
+	@echo 'TORCH=X.Y.Z         the torch to install (default $(TORCH); without TORCH= one that is there already is kept)'
+	@echo 'CUDA_TORCH=X.Y.Z    the torch that cuda-link links with, under build/ (default $(CUDA_TORCH))'
+	@echo 'PYTHON=...          the Python that makes .venv, and that cuda-link and gpu build with (default python3)'
+	@echo 'ARGS="..."          passed on to pycoll train, pytest or pycoll bench'
 
 setup: $(STAMP)  ## build and install pycoll in $(VENV)
 
@@ -70,10 +70,10 @@ bench: $(STAMP)  ## time pycoll beside Gloo, MPI and the machine's ceiling
 cuda-check:  ## compile the kernels for sm_80 to sm_120, where there is nvcc; no GPU needed
 	@$(PYTHON) build_support/pycoll_cuda.py
 
-cuda-link:  ## build all of pycoll with CUDA, where there is nvcc, link it with a CUDA torch and import it; no GPU needed
+cuda-link:  ## build all of pycoll with CUDA, where there is nvcc, link it with a CUDA torch, test it on fake GPUs; no GPU needed
 	@$(PYTHON) build_support/pycoll_cuda_link.py $(CUDA_TORCH)
 
-gpu:  ## where there is a GPU: build for it with the torch that is there, test, check memory, benchmark; results in OUT=
+gpu:  ## where there is a GPU: build for it with the torch that is there, test, benchmark, in 10 minutes; results in OUT=
 	@$(PYTHON) build_support/pycoll_gpu.py $(OUT)
 
 clean:  ## remove what was built, not $(VENV)

@@ -1,8 +1,9 @@
-"""Whether the whole extension links against a CUDA torch and can be imported (`make cuda-link`). It needs no GPU.
+"""Whether the whole extension links against a CUDA torch and runs (`make cuda-link`). It needs no GPU.
 
 An environment under build/ gets the CUDA torch, and a copy of the sources is built in it for one GPU: the extension of
 the checkout, which is built in place for another torch, stays as it is. Environment and objects are kept, so that from
-the second time on only what has changed is compiled.
+the second time on only what has changed is compiled. The tests marked `cuda` run there too, on the GPUs that
+tests/fake_cuda pretends to be.
 """
 
 import json
@@ -16,19 +17,19 @@ from pathlib import Path
 import pycoll_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "build_support", "csrc", "pycoll", "benchmarks")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "build_support", "csrc", "pycoll", "benchmarks", "tests")
 # Of what a checkout holds there, what a build leaves behind.
 LEFT_OUT = shutil.ignore_patterns("_C.*.so", "_C.*.json", "*.egg-info", "__pycache__", "results")
 ARCH = "9.0"
 
 
 def build_requirements(root: Path = ROOT) -> list[str]:
-    """Of pyproject.toml, and NumPy, without which torch and pycoll cannot be imported in full."""
+    """Of pyproject.toml, NumPy, without which torch and pycoll cannot be imported in full, and what tests/cuda needs."""
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^\[build-system\]\nrequires = (\[.*\])$", text, re.MULTILINE)  # tomllib came with Python 3.11
     if listed is None:
         raise SystemExit("cuda-link: pyproject.toml does not begin with [build-system] and its requires in one line")
-    return [*json.loads(listed[1]), "numpy"]
+    return [*json.loads(listed[1]), "numpy", "pytest", "pytest-timeout"]
 
 
 def copy_sources(target: Path, root: Path = ROOT) -> None:
@@ -87,6 +88,10 @@ def link(torch: str, root: Path = ROOT) -> int:
         check = root / "tests" / "link_check.py"
         no_gpu = {**environ, "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([python, "-I", check, sources], env=no_gpu, check=True)  # -I: not the checkout's own pycoll
+        pytest = [python, "-m", "pytest", "-q", "-m", "cuda", "tests/cuda"]
+        fake = [python, "tests/fake_cuda", root / "build" / "fake_cuda", "4", *pytest]
+        multiprocessors = {**environ, "FAKE_CUDA_MULTIPROCESSORS": "132"}
+        subprocess.run(fake, env=multiprocessors, cwd=sources, check=True)
     except subprocess.CalledProcessError as problem:
         print(f"cuda-link: failed: {' '.join(map(str, problem.cmd))}", file=sys.stderr)
         return 1

@@ -97,8 +97,8 @@ def steps(python: Path, out: Path) -> list[Step]:
     install: list[str | Path] = ["install", "--no-index", "--no-build-isolation", "--no-deps", "--editable", ROOT]
     tests: list[str | Path] = [python, "-m", "pytest", "-m", "cuda", ROOT / "tests" / "cuda"]
     found = [
-        Step("build", [python, "-m", "pip", *install], 180, needed=True),
-        Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 120),
+        Step("build", [python, "-m", "pip", *install], 240, needed=True),
+        Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 100),
     ]
     for tool in ("memcheck", "synccheck"):
         sanitizer: list[str | Path] = [
@@ -110,10 +110,10 @@ def steps(python: Path, out: Path) -> list[Step]:
             "--log-file",
             out / f"{tool}.txt",
         ]
-        found.append(Step(tool, [*sanitizer, *tests, "-q", "-k", "every_dtype and 3"], 40))
+        found.append(Step(tool, [*sanitizer, *tests, "-q", "-k", "every_dtype and 3"], 30))
     # The benchmarks end by themselves before they are ended, so that they write what they have.
-    bounded = {"local_group": ["--seconds", "50", "--forced-factor", "16"], "gpu": ["--seconds", "70"]}
-    for name, seconds in (("local_group", 80), ("gpu", 110)):
+    bounded = {"local_group": ["--seconds", "40", "--forced-factor", "16"], "gpu": ["--seconds", "60"]}
+    for name, seconds in (("local_group", 70), ("gpu", 100)):
         found.append(Step(name, [python, "-m", f"pycoll.benchmarks.{name}", *bounded[name], "--output", out], seconds))
     return found
 
@@ -163,6 +163,9 @@ def main(out: Path) -> int:
         )
         return 1
     environ = {**os.environ, "PYCOLL_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture()}
+    nvcc = pycoll_cuda.find_nvcc()
+    if nvcc is not None:  # compute-sanitizer lies beside it
+        environ["PATH"] = os.pathsep.join([environ.get("PATH", os.defpath), str(nvcc.home / "bin")])
     out.mkdir(parents=True, exist_ok=True)
     wrong = run(steps(environment(ROOT / "build" / "gpu"), out.resolve()), environ)
     print(f"make gpu: {'; '.join(wrong) or 'all passed'}; results in {out}")

@@ -436,7 +436,7 @@ def test_cuda_check_without_nvcc_says_so(
 def test_cuda_link_installs_what_the_build_requires() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert pycoll_cuda_link.build_requirements() == [*project["build-system"]["requires"], "numpy"]
+    assert pycoll_cuda_link.build_requirements() == [*project["build-system"]["requires"], "numpy", "pytest", "pytest-timeout"]
 
 
 def test_cuda_link_copies_the_sources_and_keeps_the_objects(tmp_path: Path) -> None:
