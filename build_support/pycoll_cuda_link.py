@@ -17,14 +17,15 @@ from pathlib import Path
 import pycoll_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "build_support", "csrc", "pycoll", "benchmarks", "tests")
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (*FILES, "build_support", "csrc", "pycoll", "benchmarks", "tests")
 # Of what a checkout holds there, what a build leaves behind.
 LEFT_OUT = shutil.ignore_patterns("_C.*.so", "_C.*.json", "*.egg-info", "__pycache__", "results")
 ARCH = "9.0"
 
 
 def build_requirements(root: Path = ROOT) -> list[str]:
-    """Of pyproject.toml, NumPy, without which torch and pycoll cannot be imported in full, and what tests/cuda needs."""
+    """Of pyproject.toml; NumPy, without which torch cannot be imported in full; and what tests/cuda needs."""
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^\[build-system\]\nrequires = (\[.*\])$", text, re.MULTILINE)  # tomllib came with Python 3.11
     if listed is None:
@@ -88,8 +89,8 @@ def link(torch: str, root: Path = ROOT) -> int:
         check = root / "tests" / "link_check.py"
         no_gpu = {**environ, "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([python, "-I", check, sources], env=no_gpu, check=True)  # -I: not the checkout's own pycoll
-        pytest = [python, "-m", "pytest", "-q", "-m", "cuda", "tests/cuda"]
-        fake = [python, "tests/fake_cuda", root / "build" / "fake_cuda", "4", *pytest]
+        tests = ["-m", "pytest", "-q", "-m", "cuda", "tests/cuda"]
+        fake: list[str | Path] = [python, "tests/fake_cuda", root / "build" / "fake_cuda", "4", python, *tests]
         multiprocessors = {**environ, "FAKE_CUDA_MULTIPROCESSORS": "132"}
         subprocess.run(fake, env=multiprocessors, cwd=sources, check=True)
     except subprocess.CalledProcessError as problem:

@@ -99,8 +99,8 @@ def table(usages: Mapping[str, Sequence[Usage]], names: Mapping[str, str]) -> li
     """
     rows = []
     for file, found in usages.items():
-        order = list(dict.fromkeys(usage.name for usage in found))  # ptxas tells of one GPU after another
-        for usage in sorted(found, key=lambda usage: order.index(usage.name)):
+        order = list(dict.fromkeys(usage.name for usage in found))  # ptxas tells of one GPU after another, in any order
+        for usage in sorted(found, key=lambda usage: (order.index(usage.name), len(usage.gpu), usage.gpu)):
             registers = "? registers" if usage.registers is None else f"{usage.registers} registers"
             sizes = f"{usage.stack} bytes stack", f"{usage.spilled} spilled"
             rows.append((file, names.get(usage.name, usage.name), usage.gpu, registers, *sizes))

@@ -436,7 +436,8 @@ def test_cuda_check_without_nvcc_says_so(
 def test_cuda_link_installs_what_the_build_requires() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert pycoll_cuda_link.build_requirements() == [*project["build-system"]["requires"], "numpy", "pytest", "pytest-timeout"]
+    tools = ["numpy", "pytest", "pytest-timeout"]
+    assert pycoll_cuda_link.build_requirements() == [*project["build-system"]["requires"], *tools]
 
 
 def test_cuda_link_copies_the_sources_and_keeps_the_objects(tmp_path: Path) -> None:
@@ -444,7 +445,7 @@ def test_cuda_link_copies_the_sources_and_keeps_the_objects(tmp_path: Path) -> N
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/cuda/a.cu", "pycoll/_C.pyi"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("new", encoding="utf-8")
-    for name in ("build_support", "benchmarks"):
+    for name in ("build_support", "benchmarks", "tests"):
         (root / name).mkdir()
     (root / "pycoll" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
     for name in ("build/a.o", "csrc/cuda/gone.cu", "setup.py"):

@@ -36,7 +36,8 @@ class BlockExecutor {
   __device__ bool await(const Cell& cell, uint64_t value, int peer) const {
     return await_until([&] { return load_acquire(cell.value) >= value; }, peer);
   }
-  __device__ bool await_barrier(const PeerTable& table, int channel, uint64_t epoch) const {
+  // Not inlined, as what else is long and called from many places: each copy would hold registers.
+  __device__ __noinline__ bool await_barrier(const PeerTable& table, int channel, uint64_t epoch) const {
     return !failed_ && spin_at_barrier(table, channel, epoch);
   }
   __device__ void post(Cell& cell, uint64_t value) const {
@@ -44,7 +45,7 @@ class BlockExecutor {
   }
   __device__ void fence() const { cuda::atomic_thread_fence(cuda::memory_order_seq_cst, cuda::thread_scope_system); }
 
-  __device__ void report_mismatch(const PeerTable& table, int channel, uint64_t epoch) const {
+  __device__ __noinline__ void report_mismatch(const PeerTable& table, int channel, uint64_t epoch) const {
     if (!spin_at_barrier(table, channel, epoch) || !is_first_to_fail()) return;
     for (int r = 0; r < table.geometry.world; ++r) {
       rank_.report->records[r] = table.barrier_cell(r, channel, epoch).record;

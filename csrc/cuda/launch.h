@@ -8,9 +8,9 @@
 namespace pycoll::cuda_device {
 
 constexpr int kMaxRanks = 16;
-// Of a block, of which a multiprocessor holds one: as many as the registers of the largest kernel allow without a spill
-// (184 each), since the more loads are under way, the nearer a collective comes to the memory's bandwidth.
-constexpr int kThreads = 352;
+// Of a block, of which a multiprocessor holds one. The next larger number that counts, 384, leaves 168 registers each,
+// and then the largest kernel spills two of them.
+constexpr int kThreads = 256;
 
 enum Outcome : uint32_t { kRunning, kAborted, kTimedOut, kMismatched };
 
