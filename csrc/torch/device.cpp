@@ -14,6 +14,7 @@ DeviceSlot::DeviceSlot(cpu::Communicator& host, const cpu::Config& config) : hos
 }
 
 Device& DeviceSlot::at(at::Device device) {
+  if (!device.is_cuda()) throw_unsupported("pycoll communicates CPU and CUDA tensors, none on " + device.str());
   const std::lock_guard guard(state_->lock);
   if (host_.closed()) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
   if (!state_->device) {

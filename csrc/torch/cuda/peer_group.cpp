@@ -277,20 +277,35 @@ void PeerGroup::launch(const cpu::Call& call) {
   const std::lock_guard guard(lock_);
   failure_->throw_if_any();
   if (const std::exception_ptr failed = launcher_->failure()) std::rethrow_exception(failed);
+  const Choice choice = choose(config_, call, host_.world(), geometry_.channels, static_cast<bool>(multicast_));
   const c10::cuda::CUDAGuard on(device_);
+  try {
+    launch(call, choice);
+  } catch (const std::exception& e) {  // the others, who launch theirs, must not wait for this one
+    const Error error(ErrorKind::kError, e.what(), rank_);
+    monitor_.fail(error);
+    throw error;
+  }
+}
+
+void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
   if (!is_capturing(at::cuda::getCurrentCUDAStream().stream())) take_in_peers_memory();
-  const int world = host_.world();
-  const Choice choice = choose(config_, call, world, geometry_.channels, static_cast<bool>(multicast_));
-  cuda_device::DeviceCall d{};
-  d.channels = choice.channels;
-  d.record = {0,          call.count, kNotMapped,       kNotMapped, call.root, call.collective,
-              call.dtype, call.op,    choice.algorithm, call.shape};
   const size_t bytes = call.count * size_of(call.dtype);
   size_t out_bytes = bytes;
-  if (call.collective == Collective::kAllGather) out_bytes = bytes * world;
-  if (call.collective == Collective::kReduceScatter) out_bytes = bytes / world;
-  d.record.in_offset = mapped_offset(call.in, bytes);
-  d.record.out_offset = mapped_offset(call.out, out_bytes);
+  if (call.collective == Collective::kAllGather) out_bytes = bytes * host_.world();
+  if (call.collective == Collective::kReduceScatter) out_bytes = bytes / host_.world();
+  cuda_device::DeviceCall d{};
+  d.channels = choice.channels;
+  d.record = {.sequence = 0,  // of a graph's calls nobody knows it
+              .count = call.count,
+              .in_offset = mapped_offset(call.in, bytes),
+              .out_offset = mapped_offset(call.out, out_bytes),
+              .root = call.root,
+              .collective = call.collective,
+              .dtype = call.dtype,
+              .op = call.op,
+              .algorithm = choice.algorithm,
+              .shape = call.shape};
   d.in[0] = call.in;
   d.out[0] = call.out;
   d.timeout_ns = static_cast<uint64_t>(host_.timeout().count()) * 1000000;

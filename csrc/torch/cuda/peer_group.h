@@ -54,6 +54,7 @@ class PeerGroup : public Device {
   void send_segment();
   void map_segments();
   void join_multicast();
+  void launch(const cpu::Call& call, const Choice& choice);
   uint64_t mapped_offset(const void* p, size_t bytes) const;
   void send_new_memory();
   void take_in_peers_memory();
