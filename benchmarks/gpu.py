@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -344,4 +343,6 @@ def succeeded(found: Found) -> bool:
 
 
 if __name__ == "__main__":
+    import tyro
+
     sys.exit(main(tyro.cli(GpuBench)))

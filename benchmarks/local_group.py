@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -181,4 +180,6 @@ def main(config: LocalGroupBench) -> int:
 
 
 if __name__ == "__main__":
+    import tyro
+
     sys.exit(main(tyro.cli(LocalGroupBench)))

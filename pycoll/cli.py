@@ -17,6 +17,7 @@ from pycoll.errors import Error, UnsupportedError, UsageError
 
 BENCHMARKS = {
     "all-reduce": ("pycoll.benchmarks.all_reduce", "AllReduceBench"),
+    "gpu": ("pycoll.benchmarks.gpu", "GpuBench"),
     "local-group": ("pycoll.benchmarks.local_group", "LocalGroupBench"),
 }
 """Subject -> module and the class of its settings; the module's `main` takes them and returns the exit status."""

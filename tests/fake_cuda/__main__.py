@@ -1,4 +1,4 @@
-"""Runs a command under the test double: `python tests/fake_cuda FOLDER DEVICES COMMAND...`; the library is built in FOLDER."""
+"""Runs a command under the test double, built in FOLDER: `python tests/fake_cuda FOLDER DEVICES COMMAND...`."""
 
 import os
 import sys

@@ -78,7 +78,10 @@ class Stepped : public Device, private cpu::Mover {
   }
   bool done() override {
     const cudaError_t state = cudaStreamQuery(stream_.stream());
-    if (state == cudaErrorNotReady) return false;
+    if (state == cudaErrorNotReady) {
+      (void)cudaGetLastError();  // it would be taken for the next launch's
+      return false;
+    }
     check_cuda(state, "a step");
     return true;
   }
