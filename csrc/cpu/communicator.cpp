@@ -186,7 +186,10 @@ struct Communicator::Impl {
   void meet(Executor& exec, Operation op, const CallRecord& mine, Meeting& meeting, const Enter& enter) {
     Window<Executor> w(exec, op, table, 0, windows[0], records.data(), mine);
     enter(w);
-    if (rank() == 0) meeting.run(records);
+    if (rank() == 0) {
+      watch.throw_if_any_rank_failed();  // its tensors may be gone
+      meeting.run(records);
+    }
     w.barrier();
   }
 
@@ -329,7 +332,15 @@ Communicator::Monitor Communicator::monitor() const {
     const std::lock_guard user(impl->mapped);
     if (impl->attachment) impl->watch.throw_if_any_rank_is_lost();
   };
-  return {look, [impl](const Error& error) { impl->fail(error); }};
+  const auto left = [impl] {
+    const std::lock_guard user(impl->mapped);
+    uint32_t ranks = 0;
+    for (int r = 0; impl->attachment && r < std::min(impl->world(), 32); ++r) {
+      if (load_acquire(impl->attachment->control(r).departed) != 0) ranks |= uint32_t{1} << r;
+    }
+    return ranks;
+  };
+  return {look, left, [impl](const Error& error) { impl->fail(error); }};
 }
 
 void Communicator::on_close(std::function<void()> last) { impl_->last = std::move(last); }

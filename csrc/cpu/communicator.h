@@ -60,6 +60,7 @@ class Communicator {
   // For who watches calls that do not run here (csrc/torch/cuda), from any thread until `on_close` has run.
   struct Monitor {
     std::function<void()> throw_if_any_rank_is_lost;  // if any has failed, or died without having left
+    std::function<uint32_t()> ranks_that_left;        // bit r: rank r has closed in order
     std::function<void(const Error&)> fail;           // makes running and later calls fail on all ranks
   };
   Monitor monitor() const;

@@ -32,6 +32,16 @@ const void* kernel_of(const CallRecord& r) {
 }  // namespace
 
 int prepare_ranks(const DeviceRank* ranks, int count, int channels, void* stream) {
+  // Kernels are loaded when first asked for, which may wait for the device: not while a collective spins there.
+  cudaFuncAttributes attributes{};
+  for (const Algorithm a : {Algorithm::kOneShot, Algorithm::kRing, Algorithm::kOneShotLl}) {
+    CallRecord record{};
+    record.collective = Collective::kAllReduce;
+    record.algorithm = a;
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_of(record)); error != cudaSuccess) {
+      return static_cast<int>(error);
+    }
+  }
   prepare_kernel<<<count, 1, 0, static_cast<cudaStream_t>(stream)>>>(ranks, channels);
   return static_cast<int>(cudaGetLastError());
 }

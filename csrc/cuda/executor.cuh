@@ -79,20 +79,25 @@ class BlockExecutor {
   __device__ __noinline__ bool spin(const Predicate& holds, int peer) const {
     if (holds()) return true;
     const uint64_t begin = now_ns();
+    unsigned looks = 0;
     for (uint64_t looked = begin; !holds();) {
       const uint64_t now = now_ns();
       if (now - looked < kLookEveryNs) continue;
       looked = now;
-      if (told_to_stop()) return false;
-      if (now - begin > timeout_ns_) {
-        if (is_first_to_fail()) {
-          rank_.report->rank = peer;
-          store_release(rank_.report->outcome, uint32_t{kTimedOut});
-        }
-        return false;
-      }
+      const bool looks_far = leader() || ++looks % 50 == 0;
+      if (told_to_stop(looks_far)) return false;
+      // What a rank did before it left still counts.
+      if (looks_far && (load_acquire(rank_.report->left) >> peer & 1) != 0 && !holds()) return fail(kLeft, peer);
+      if (now - begin > timeout_ns_) return fail(kTimedOut, peer);
     }
     return true;
+  }
+  __device__ bool fail(Outcome outcome, int peer) const {
+    if (is_first_to_fail()) {
+      rank_.report->rank = peer;
+      store_release(rank_.report->outcome, uint32_t{outcome});
+    }
+    return false;
   }
   __device__ bool spin_at_barrier(const PeerTable& table, int channel, uint64_t epoch) const {
     bool ok = true;
@@ -104,9 +109,10 @@ class BlockExecutor {
     return ok;
   }
 
-  // The host's word lies behind a slow bus: only leaders look at it, and tell the rank's other threads.
-  __device__ bool told_to_stop() const {
-    if (leader() && load_acquire(rank_.report->outcome) != kRunning) store_release(*rank_.stopped, uint32_t{1});
+  // The host's words lie behind a slow bus: leaders look at them, and tell the rank's other threads; these do so rarely,
+  // for the case that their leader waits elsewhere.
+  __device__ bool told_to_stop(bool looks_far) const {
+    if (looks_far && load_acquire(rank_.report->outcome) != kRunning) store_release(*rank_.stopped, uint32_t{1});
     return load_acquire(*rank_.stopped) != 0;
   }
   __device__ bool is_first_to_fail() const { return exchange_seq_cst(*rank_.stopped, uint32_t{1}) == 0; }

@@ -12,12 +12,13 @@ constexpr int kMaxRanks = 16;
 // and then the largest kernel spills two of them.
 constexpr int kThreads = 256;
 
-enum Outcome : uint32_t { kRunning, kAborted, kTimedOut, kMismatched };
+enum Outcome : uint32_t { kRunning, kAborted, kTimedOut, kMismatched, kLeft };
 
 // Written by the host (to abort) or by the first block that fails; in host memory that the device maps.
 struct Report {
   uint32_t outcome;
-  int32_t rank;                   // kTimedOut: for whom a block waited
+  int32_t rank;                   // kTimedOut, kLeft: for whom a block waited
+  uint32_t left;                  // written by the host. Bit r: rank r has closed in order
   CallRecord records[kMaxRanks];  // kMismatched: what each rank calls
 };
 

@@ -188,8 +188,7 @@ std::function<void(std::exception_ptr)> Backend::completing(const c10::intrusive
 
 Backend::Work Backend::submit_on_device(c10d::OpType type, Job job, bool async) {
   const at::Device where = (job.reads.empty() ? job.writes : job.reads).front().tensor().device();
-  const auto turn = std::make_shared<DeviceTurn>(*device_, where, async);
-  turn->device().prepare(job.call);
+  const auto turn = std::make_shared<DeviceTurn>(*device_, where, async, job.call);
   auto work = c10::make_intrusive<bindings::Work>(getRank(), type, job.result, comm_->turn(), turn);
   for (const auto* tensors : {&job.reads, &job.writes}) {
     for (const Dense& d : *tensors) {
@@ -202,15 +201,15 @@ Backend::Work Backend::submit_on_device(c10d::OpType type, Job job, bool async) 
   const auto shared = std::make_shared<const Job>(std::move(job));
   const auto load = [shared, turn] { turn->begin([&] { shared->load(); }); };
   const auto store = [shared, turn] { turn->end([&] { shared->store(); }); };
-  if (turn->device().on_host() && async) {
+  if (turn->on_host() && async) {
     comm_->enqueue(call, load, completing(work, store));
     return work;
   }
-  if (turn->device().on_host()) {
+  if (turn->on_host()) {
     comm_->run(call, load, store);
   } else {
     load();
-    turn->device().launch(call);
+    turn->launch(call);
     store();
   }
   work->complete(nullptr);
@@ -218,17 +217,19 @@ Backend::Work Backend::submit_on_device(c10d::OpType type, Job job, bool async) 
   return work;
 }
 
-bool Backend::supportsTensorAlloc(c10::DeviceIndex) {
+bool Backend::supportsTensorAlloc([[maybe_unused]] c10::DeviceIndex device) {
 #ifdef PYCOLL_WITH_CUDA
-  return true;
+  return device >= 0 && at::hasCUDA();
 #else
   return false;
 #endif
 }
 
 at::Tensor Backend::allocateTensor(long size, at::TensorOptions options) {
+  if (options.device().is_cpu()) return at::empty({size}, options);
   try {
-    return device_->at(options.device()).empty({size}, options);
+    device_->meet(options.device());
+    return device_->with([&](Device& d) { return d.empty({size}, options); });
   } catch (const Error& e) {
     throw PyError(e);
   }

@@ -77,7 +77,8 @@ class PyCommunicator {
     const auto options = at::TensorOptions().dtype(dtype);
     if (!device.is_cpu()) {
       const py::gil_scoped_release no_gil;
-      return device_->at(device).empty(shape, options.device(device));
+      device_->meet(device);
+      return device_->with([&](Device& d) { return d.empty(shape, options.device(device)); });
     }
     std::shared_ptr<void> block;
     {
@@ -106,8 +107,12 @@ class PyCommunicator {
   void abort(const std::string& why) { comm_->abort(why); }
   bool closed() const { return comm_->closed(); }
   size_t footprint() const { return comm_->footprint(); }
-  size_t device_footprint() const { return device_->get() ? device_->get()->footprint() : 0; }
-  std::string device() const { return device_->get() ? device_->get()->describe() : ""; }
+  size_t device_footprint() const {
+    return device_->has_device() ? device_->with([](const Device& d) { return d.footprint(); }) : 0;
+  }
+  std::string device() const {
+    return device_->has_device() ? device_->with([](const Device& d) { return d.describe(); }) : "";
+  }
   int channels() const { return comm_->geometry().channels; }
 
  private:
@@ -159,16 +164,18 @@ class PyCommunicator {
 
   void run_on_device(cpu::Call& call, const Dense& from, const Dense& result) {
     const py::gil_scoped_release no_gil;
-    DeviceTurn turn(*device_, result.tensor().device(), /*async=*/false);
-    Device& device = turn.device();
-    device.prepare(call);
+    DeviceTurn turn(*device_, result.tensor().device(), /*async=*/false, call);
+    for (const Dense* d : {&from, &result}) {  // also if it fails, with moves still on the stream
+      turn.uses(d->tensor());
+      turn.uses(d->memory());
+    }
     const auto begin = [&] { turn.begin([&] { from.load(); }); };
     const auto end = [&] { turn.end([&] { result.store(); }); };
-    if (device.on_host()) {
+    if (turn.on_host()) {
       comm_->run(call, begin, end);
     } else {
       begin();
-      device.launch(call);
+      turn.launch(call);
       end();
     }
     turn.let_current_wait();

@@ -8,38 +8,52 @@ namespace pycoll::bindings {
 
 DeviceSlot::DeviceSlot(cpu::Communicator& host, const cpu::Config& config) : host_(host), config_(config) {
   host.on_close([state = state_] {
-    const std::lock_guard guard(state->lock);
-    state->device.reset();
+    std::unique_ptr<Device> device;
+    {
+      const std::unique_lock no_user(state->use);
+      device = std::move(state->device);
+    }
+    device.reset();  // without the lock: it frees memory, for which torch's allocator has a lock of its own
   });
 }
 
-Device& DeviceSlot::at(at::Device device) {
+void DeviceSlot::State::throw_closed() {
+  throw Error(ErrorKind::kError, "pycoll: the communicator is closed, or its ranks have not met on a GPU");
+}
+
+bool DeviceSlot::has_device() const {
+  const std::shared_lock stays(state_->use);
+  return state_->device != nullptr;
+}
+
+void DeviceSlot::meet(at::Device device) {
   if (!device.is_cuda()) throw_unsupported("pycoll communicates CPU and CUDA tensors, none on " + device.str());
-  const std::lock_guard guard(state_->lock);
+  const std::lock_guard guard(state_->meeting);
   if (host_.closed()) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
-  if (!state_->device) {
+  if (!has_device()) {
 #ifdef PYCOLL_WITH_CUDA
-    state_->device = make_device(host_, config_, device);
+    std::unique_ptr<Device> made = make_device(host_, config_, device);
+    const std::unique_lock no_user(state_->use);
+    state_->where = device;
+    state_->device = std::move(made);
 #else
     throw_unsupported("a tensor on " + device.str() +
                       " was given, but this pycoll was built without CUDA: `pycoll info` says why; or move the tensor "
                       "with .cpu()");
 #endif
-    state_->where = device;
   }
   if (*state_->where != device) {
     throw_usage("this communicator's ranks have met on " + state_->where->str() + ", and a tensor on " + device.str() +
                 " was given: a rank has one GPU");
   }
-  return *state_->device;
 }
 
 std::function<at::Tensor(int64_t)> DeviceSlot::allocator(at::Device device) {
-  if (at(device).on_host()) return nullptr;
+  meet(device);
+  if (with([](const Device& d) { return d.on_host(); })) return nullptr;
   return [state = state_, device](int64_t bytes) {
-    const std::lock_guard guard(state->lock);
-    if (!state->device) throw Error(ErrorKind::kError, "pycoll: the communicator of this memory pool is closed");
-    return state->device->empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    const auto options = at::TensorOptions().dtype(at::kByte).device(device);
+    return state->with([&](Device& d) { return d.empty({bytes}, options); });
   };
 }
 
@@ -57,21 +71,39 @@ void DeviceFailure::throw_if_any() const {
   if (what_) std::rethrow_exception(what_);
 }
 
-DeviceTurn::DeviceTurn(DeviceSlot& slot, at::Device where, bool async)
-    : device_(slot.at(where)),
-      failure_(device_.failure()),
-      stream_(async || device_.on_host() ? device_.stream() : current_stream(where)),
-      same_stream_(stream_ == current_stream(where)),
-      ready_(where.type()),
-      end_(where.type()) {
-  failure_->throw_if_any();
-  if (!same_stream_) ready_.record(current_stream(where));
+DeviceTurn::Settled DeviceTurn::settle(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call) {
+  slot.meet(where);
+  return slot.with([&](Device& device) {
+    device.failure()->throw_if_any();
+    device.prepare(call);
+    const bool own = async || device.on_host();
+    return Settled{device.failure(), own ? device.stream() : current_stream(where), device.on_host()};
+  });
+}
+
+DeviceTurn::DeviceTurn(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call)
+    : DeviceTurn(slot.state_, settle(slot, where, async, call)) {}
+
+DeviceTurn::DeviceTurn(const std::shared_ptr<const DeviceSlot::State>& slot, const Settled& settled)
+    : slot_(slot),
+      failure_(settled.failure),
+      stream_(settled.stream),
+      on_host_(settled.on_host),
+      same_stream_(stream_ == current_stream(stream_.device())),
+      ready_(stream_.device_type()),
+      end_(stream_.device_type()) {
+  if (!same_stream_) ready_.record(current_stream(stream_.device()));
 }
 
 void DeviceTurn::begin(const std::function<void()>& load) {
   const c10::StreamGuard on(stream_);
   if (!same_stream_) ready_.block(stream_);
   load();
+}
+
+void DeviceTurn::launch(const cpu::Call& call) const {
+  const c10::StreamGuard on(stream_);
+  slot_->with([&](Device& device) { device.launch(call); });
 }
 
 void DeviceTurn::end(const std::function<void()>& store) {

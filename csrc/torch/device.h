@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <shared_mutex>
 
 #include "cpu/communicator.h"
 
@@ -59,16 +60,31 @@ class DeviceSlot {
 
   // The ranks meet on this GPU, unless they have. A collective the first time. Throws UsageError for another GPU than
   // then, UnsupportedError where pycoll was built without CUDA.
-  Device& at(at::Device device);
+  void meet(at::Device device);
+  // f(device), which stays until f returns. Throws Error where there is none, or none any more.
+  template <class F>
+  auto with(const F& f) const {
+    return state_->with(f);
+  }
+  bool has_device() const;
   // Bytes in memory that peers map, also when the slot is gone: then it throws. None where peers map no memory.
   std::function<at::Tensor(int64_t)> allocator(at::Device device);
-  Device* get() const { return state_->device.get(); }
 
  private:
+  friend class DeviceTurn;
   struct State {
-    std::mutex lock;
+    std::mutex meeting;             // of ranks, which may take long
+    mutable std::shared_mutex use;  // of what follows; exclusive only for a moment
     std::optional<at::Device> where;
     std::unique_ptr<Device> device;
+
+    template <class F>
+    auto with(const F& f) const {
+      const std::shared_lock stays(use);
+      if (!device) throw_closed();
+      return f(*device);
+    }
+    [[noreturn]] static void throw_closed();
   };
   cpu::Communicator& host_;
   const cpu::Config config_;
@@ -79,13 +95,14 @@ class DeviceSlot {
 class DeviceTurn {
  public:
   // `async`: on the device's own stream, after what the current stream holds by now. Else on the current stream, if the
-  // device can.
-  DeviceTurn(DeviceSlot& slot, at::Device where, bool async);
-  Device& device() const { return device_; }  // while the slot has it
+  // device can. `call` is prepared, see Device.
+  DeviceTurn(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call);
+  bool on_host() const { return on_host_; }
   c10::Stream stream() const { return stream_; }
 
   // The call's parts, on its stream: the first waits for what the current stream held when the turn was made.
   void begin(const std::function<void()>& load);
+  void launch(const cpu::Call& call) const;  // where the host does not run it
   void end(const std::function<void()>& store);
   // The current stream goes on after the call. Throws what has gone wrong on the GPU, as far as it is known by now.
   void let_current_wait();
@@ -95,10 +112,18 @@ class DeviceTurn {
   void uses(const at::Tensor& t) const;
 
  private:
-  Device& device_;
+  const std::shared_ptr<const DeviceSlot::State> slot_;
+  struct Settled {
+    std::shared_ptr<DeviceFailure> failure;
+    c10::Stream stream;
+    bool on_host;
+  };
+  static Settled settle(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call);
+  explicit DeviceTurn(const std::shared_ptr<const DeviceSlot::State>& slot, const Settled& settled);
+
   const std::shared_ptr<DeviceFailure> failure_;
   const c10::Stream stream_;
-  const bool same_stream_;
+  const bool on_host_, same_stream_;
   c10::Event ready_, end_;
 };
 

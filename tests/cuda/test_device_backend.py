@@ -45,6 +45,13 @@ def _collectives(rank: Rank, where: str, backend: str) -> None:
     doubled = future.then(lambda f: f.value()[0].cpu() * 2).wait()
     torch.testing.assert_close(doubled, total * 2, rtol=1e-5, atol=1e-5)
 
+    wide = torch.zeros(10_001, 3)
+    wide[:, 1] = given[r]
+    strided = wide.to(device)
+    dist.all_reduce(strided[:, 1], async_op=True).wait()
+    torch.testing.assert_close(strided.cpu()[:, 1], total, rtol=1e-5, atol=1e-5)
+    assert not strided.cpu()[:, 0::2].any()
+
     gathered = [torch.empty(10_001, device=device) for _ in range(world)]
     dist.all_gather(gathered, given[r].to(device))
     assert all(torch.equal(g.cpu(), t) for g, t in zip(gathered, given, strict=True))

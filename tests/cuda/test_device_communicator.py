@@ -285,6 +285,51 @@ def test_lost_peer_is_named(where: str) -> None:
             assert "rank 1 is lost" in ranks.result(r, 60)
 
 
+def _left(rank: Rank, where: str) -> str:
+    comm = seat(rank, where)
+    x = torch.ones(10, device="cuda")
+    comm.all_reduce(x)
+    if rank.rank == 1:
+        comm.close()
+        return ""
+    return error_of(lambda: void(comm.all_reduce(x)))
+
+
+@pytest.mark.parametrize("where", (SHARED, OWN))
+def test_peer_that_left_is_named(where: str) -> None:
+    needs(where, 2)
+    with Processes(_left, 2, where) as ranks:
+        text = ranks.result(0, 60)
+        assert text.startswith("PeerLostError") and "rank 1 has left" in text
+
+
+def _freed_early(rank: Rank) -> None:
+    with seat(rank, OWN) as comm:
+        one, other = comm.empty(1000, device="cuda"), comm.empty(1000, device="cuda")
+        begins = {one.data_ptr(), other.data_ptr()}
+        del one, other
+        torch.cuda.synchronize()
+        again = [comm.empty(1000, device="cuda") for _ in range(2)]
+        assert {t.data_ptr() for t in again} == begins, "what nobody uses any more is used again"
+        graph = torch.cuda.CUDAGraph()
+        comm.all_reduce(again[0])
+        with torch.cuda.graph(graph):
+            comm.all_reduce(again[0])
+            held = again.pop(0).data_ptr()  # freed within the capture
+            with pytest.raises(pycoll.UnsupportedError, match="capture"):
+                comm.empty(1, device="cuda")
+        assert all(comm.empty(1000, device="cuda").data_ptr() != held for _ in range(3)), "replays use it"
+        graph.replay()
+        torch.cuda.synchronize()
+        del graph
+
+
+def test_memory_is_used_again_only_when_nobody_uses_it() -> None:
+    needs(OWN, 2)
+    with Processes(_freed_early, 2) as ranks:
+        ranks.results(60)
+
+
 def _late(rank: Rank, where: str) -> str:
     torch.cuda.set_device(rank.rank if where == OWN else 0)
     comm = rank.communicator(cuda_config=SMALL, timeout=2)

@@ -120,13 +120,8 @@ class HostBlockExecutor {
     while (!holds()) {
       if (leader() && load_acquire(rank_.report->outcome) != kRunning) store_release(*rank_.stopped, uint32_t{1});
       if (load_acquire(*rank_.stopped) != 0) return false;
-      if (std::chrono::steady_clock::now() - begin > timeout_) {
-        if (is_first_to_fail()) {
-          rank_.report->rank = peer;
-          store_release(rank_.report->outcome, uint32_t{kTimedOut});
-        }
-        return false;
-      }
+      if ((load_acquire(rank_.report->left) >> peer & 1) != 0 && !holds()) return fail(kLeft, peer);
+      if (std::chrono::steady_clock::now() - begin > timeout_) return fail(kTimedOut, peer);
       std::this_thread::yield();
     }
     return true;
@@ -138,6 +133,13 @@ class HostBlockExecutor {
       ok = spin([&] { return load_acquire(table.barrier_cell(r, channel, epoch).value) >= epoch; }, r);
     }
     return ok;
+  }
+  bool fail(Outcome outcome, int peer) const {
+    if (is_first_to_fail()) {
+      rank_.report->rank = peer;
+      store_release(rank_.report->outcome, uint32_t{outcome});
+    }
+    return false;
   }
   bool is_first_to_fail() const { return exchange_seq_cst(*rank_.stopped, uint32_t{1}) == 0; }
 

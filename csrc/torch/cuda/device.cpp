@@ -5,6 +5,7 @@
 #include "torch/device.h"
 
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime_api.h>
 #include <unistd.h>
@@ -77,6 +78,7 @@ class Stepped : public Device, private cpu::Mover {
     check_cuda(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, stream_.stream()), "copying");
   }
   bool done() override {
+    const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
     const cudaError_t state = cudaStreamQuery(stream_.stream());
     if (state == cudaErrorNotReady) {
       (void)cudaGetLastError();  // it would be taken for the next launch's
@@ -120,7 +122,10 @@ class Met : public Device, private cpu::Meeting {
       : host_(host),
         device_(device),
         stream_(at::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())),
-        all_(gather(host, this)) {
+        config_(config) {
+    for (const auto& packed : gather(host, stream_.pack3())) {
+      streams_.push_back(at::cuda::CUDAStream::unpack3(packed.stream_id, packed.device_index, packed.device_type));
+    }
     const std::string failure = agree(host, [&] {
       if (host.rank() == 0) group_.emplace(host.world(), device, config, host.timeout());
     });
@@ -134,6 +139,7 @@ class Met : public Device, private cpu::Meeting {
       throw_unsupported(std::string(name(call.collective)) +
                         " of ranks that are threads cannot be captured in a CUDA graph: use pycoll.LocalGroup");
     }
+    (void)choose(config_, call, host_.world(), /*channels=*/1, /*multicast=*/false);  // throws here, not in the meeting
     call.meeting = this;
   }
   void launch(const cpu::Call&) override {}
@@ -145,7 +151,7 @@ class Met : public Device, private cpu::Meeting {
   std::string describe() const override { return "threads that share " + device_.str(); }
 
  private:
-  // The other ranks wait, so their streams are at hand.
+  // The other ranks wait.
   void run(const std::vector<CallRecord>& records) override {
     const c10::cuda::CUDAGuard on(device_);
     const c10::cuda::CUDAStreamGuard on_stream(stream_);
@@ -155,7 +161,7 @@ class Met : public Device, private cpu::Meeting {
       in.push_back(reinterpret_cast<const void*>(records[r].in_offset));
       out.push_back(reinterpret_cast<void*>(records[r].out_offset));
       at::cuda::CUDAEvent here;
-      here.record(all_[r]->stream_);
+      here.record(streams_[r]);
       here.block(stream_);
     }
     const CallRecord& mine = records[0];
@@ -166,14 +172,15 @@ class Met : public Device, private cpu::Meeting {
     group_->launch(call, in, out);
     at::cuda::CUDAEvent done;
     done.record(stream_);
-    for (const Met* rank : all_) done.block(rank->stream_);
+    for (const at::cuda::CUDAStream& stream : streams_) done.block(stream);
   }
 
   cpu::Communicator& host_;
   const at::Device device_;
   const at::cuda::CUDAStream stream_;
-  std::optional<LocalGroup> group_;  // rank 0's
-  const std::vector<Met*> all_;
+  const cpu::Config config_;
+  std::vector<at::cuda::CUDAStream> streams_;  // [world]
+  std::optional<LocalGroup> group_;            // rank 0's
 };
 
 // Where a rank is: which process, which GPU.
@@ -196,7 +203,10 @@ Place place_of(at::Device device) {
 
 std::unique_ptr<Device> make_device(cpu::Communicator& host, const cpu::Config& config, at::Device where) {
   const c10::cuda::CUDAGuard on(where);
-  const std::vector<Place> places = gather(host, place_of(where));
+  Place mine{};
+  const std::string unknown = agree(host, [&] { mine = place_of(where); });
+  if (!unknown.empty()) throw_unsupported("these ranks' GPUs cannot communicate: " + unknown);
+  const std::vector<Place> places = gather(host, mine);
   std::set<std::string> processes, gpus;
   for (const Place& p : places) {
     processes.emplace(p.process);

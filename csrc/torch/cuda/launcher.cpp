@@ -71,7 +71,7 @@ struct Launcher::HostReport {
   HostReport() {
     check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&report), sizeof(Report), cudaHostAllocMapped),
                "allocating a report");
-    *report = {cuda_device::kRunning, -1, {}};
+    *report = {cuda_device::kRunning, -1, 0, {}};
   }
   ~HostReport() { (void)cudaFreeHost(report); }
   HostReport(const HostReport&) = delete;
@@ -111,7 +111,7 @@ Launcher::Launcher(at::Device device, const Geometry& geometry, const std::vecto
 
 Launcher::~Launcher() {
   try {
-    last_.synchronize();
+    wait();
   } catch (...) {  // a device that has failed, or that is shut down at the end of the process
   }
 }
@@ -129,6 +129,10 @@ void Launcher::launch(cuda_device::DeviceCall call) {
   if (!captured) last_.record(stream);
 }
 
+void Launcher::wait() { last_.synchronize(); }
+
+void Launcher::set_ranks_that_left(uint32_t ranks) { store_release(report_->report->left, ranks); }
+
 void Launcher::abort() {
   uint32_t& outcome = report_->report->outcome;
   if (load_acquire(outcome) == cuda_device::kRunning) store_release(outcome, uint32_t{cuda_device::kAborted});
@@ -144,6 +148,13 @@ std::exception_ptr Launcher::failure() const {
                                            "pycoll: a kernel waited too long for rank " + std::to_string(report.rank) +
                                                ". Did it make this call? Raise `timeout` if it is slow",
                                            report.rank));
+    case cuda_device::kLeft:
+      return std::make_exception_ptr(
+          Error(ErrorKind::kPeerLost,
+                "pycoll: rank " + std::to_string(report.rank) +
+                    " has left: it closed its communicator while a kernel still waits for it. "
+                    "Do all ranks make the same calls?",
+                report.rank));
     case cuda_device::kMismatched: {
       const std::vector<CallRecord> records(report.records, report.records + world_);
       return std::make_exception_ptr(Error(ErrorKind::kMismatch, cpu::mismatch_text(records)));

@@ -41,6 +41,8 @@ class Launcher {
   // and `call.ranks_here` are set here.
   void launch(cuda_device::DeviceCall call);
 
+  void wait();  // for the last call
+  void set_ranks_that_left(uint32_t ranks);
   // Ends running calls, and makes later ones do nothing.
   void abort();
   // What a call that has ended by now came to, or null. Terminal.

@@ -1,10 +1,9 @@
 #include "torch/cuda/peer_group.h"
 
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime_api.h>
-
-#include <map>
 
 #include "core/atomic.h"
 #include "torch/cuda/agree.h"
@@ -17,114 +16,9 @@ using cuda_device::Range;
 namespace {
 
 constexpr int kMostChannels = 32;  // of a communicator: more blocks move no more bytes over NVLink
-constexpr size_t kHeapGrain = Geometry::kPage, kHeapStep = size_t{32} << 20;
-
-std::mutex& reserved_lock() {
-  static auto* lock = new std::mutex;  // never destroyed: communicators may outlive static destruction
-  return *lock;
-}
-std::map<int, int>& reserved_blocks() {
-  static auto* reserved = new std::map<int, int>;
-  return *reserved;
-}
+constexpr size_t kHeapGrain = PeerHeap::kGrain;
 
 }  // namespace
-
-ReservedBlocks::ReservedBlocks(int device, int wish) : device_(device) {
-  int resident = 0;
-  check_cuda(cuda_device::resident_blocks(&resident), "asking for the number of resident blocks");
-  const std::lock_guard guard(reserved_lock());
-  const int left = resident - reserved_blocks()[device];
-  if (left < 1) {
-    throw Error(ErrorKind::kError,
-                "pycoll: the communicators on this GPU already hold all the " + std::to_string(resident) +
-                    " blocks that fit on it at once: close some, or give them fewer channels (Config.channels)");
-  }
-  count_ = std::clamp(left / 4, 1, wish);  // leaves some for communicators to come
-  reserved_blocks()[device] += count_;
-}
-
-ReservedBlocks::~ReservedBlocks() { keep(0); }
-
-void ReservedBlocks::keep(int count) {
-  const std::lock_guard guard(reserved_lock());
-  reserved_blocks()[device_] -= count_ - count;
-  count_ = count;
-}
-
-struct PeerGroup::Heap {
-  std::mutex lock;
-  at::Device device;
-  std::byte* base = nullptr;  // of the heap, within this rank's range
-  size_t limit = 0;           // bytes of addresses
-  Range* range = nullptr;     // null once closed: no more growth
-  cpu::FirstFit blocks;
-  std::vector<at::cuda::CUDAEvent> freed;  // when the memory that came back was last used
-  struct Part {
-    size_t begin;
-    Physical memory;
-  };
-  std::vector<Part> parts;
-  std::vector<size_t> sent;  // [world] how many parts each peer was sent
-  int self = 0;
-  // Keeps the addresses mapped while tensors live, also when the group is gone.
-  std::vector<Range> kept;
-
-  explicit Heap(at::Device d) : device(d) {}
-
-  std::byte* take(size_t bytes) {
-    const std::lock_guard guard(lock);
-    const c10::cuda::CUDAGuard on(device);
-    const size_t need = round_up(std::max<size_t>(bytes, 1), 512);
-    std::optional<size_t> offset = blocks.take(need, 512);
-    if (!offset) {
-      if (range == nullptr) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
-      if (blocks.size() + round_up(need, kHeapGrain) > limit) {
-        throw Error(ErrorKind::kError, "pycoll: the shared heap on the GPU has no room for " + std::to_string(bytes) +
-                                           " bytes (" + std::to_string(blocks.used()) + " of " + std::to_string(limit) +
-                                           " in use): free tensors, or raise heap_bytes of `cuda_config`");
-      }
-      grow(smaller(round_up(need, kHeapStep), limit - blocks.size()));
-      offset = blocks.take(need, 512);
-    }
-    // What used the memory before may still run, on another stream.
-    for (at::cuda::CUDAEvent& event : freed) event.block(at::cuda::getCurrentCUDAStream());
-    freed.clear();
-    return base + *offset;
-  }
-
-  void give_back(std::byte* block) {
-    const std::lock_guard guard(lock);
-    try {
-      const c10::cuda::CUDAGuard on(device);
-      freed.emplace_back();
-      freed.back().record(at::cuda::getCurrentCUDAStream());
-    } catch (...) {  // a device that has failed: nobody will use the memory
-    }
-    blocks.give_back(static_cast<size_t>(block - base));
-  }
-
-  void grow(size_t bytes) {
-    Physical memory = Physical::create(device.index(), bytes);
-    range->append(memory);
-    parts.push_back({blocks.size(), std::move(memory)});
-    blocks.extend(bytes);
-  }
-
-  bool has_unsent() {
-    const std::lock_guard guard(lock);
-    for (size_t r = 0; r < sent.size(); ++r) {
-      if (static_cast<int>(r) != self && sent[r] < parts.size()) return true;
-    }
-    return false;
-  }
-
-  uint64_t offset_of(const void* p, size_t bytes) const {
-    const auto* begin = static_cast<const std::byte*>(p);
-    if (begin < base || begin + bytes > base + blocks.size()) return kNotMapped;
-    return static_cast<uint64_t>(begin - base);
-  }
-};
 
 PeerGroup::PeerGroup(cpu::Communicator& host, const cpu::Config& config, at::Device device)
     : host_(host),
@@ -133,18 +27,23 @@ PeerGroup::PeerGroup(cpu::Communicator& host, const cpu::Config& config, at::Dev
       rank_(host.rank()),
       stream_(at::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())),
       config_(config),
-      box_(host.world()),
       ranges_(host.world()),
-      heap_(std::make_shared<Heap>(device)) {}
+      heap_(std::make_shared<PeerHeap>(device, stream_)) {}
 
 PeerGroup::~PeerGroup() {
+  try {
+    if (launcher_) launcher_->wait();  // while watch() still ends it where a peer is lost
+    const c10::cuda::CUDAGuard on(device_);
+    c10::cuda::device_synchronize();  // graphs that hold calls; what uses tensors in the heap
+  } catch (...) {                     // a device that has failed, or that is shut down at the end of the process
+  }
   {
     const std::lock_guard guard(watching_);
     stopping_ = true;
   }
   stop_.notify_all();
   if (watcher_.joinable()) watcher_.join();
-  launcher_.reset();  // waits for the last call
+  launcher_.reset();
   const std::lock_guard guard(heap_->lock);
   heap_->range = nullptr;
   if (heap_->blocks.used() > 0) heap_->kept.push_back(std::move(ranges_[rank_]));  // some tensors live on
@@ -158,13 +57,14 @@ std::string PeerGroup::meet() {
   };
   std::string failure = agree(host_, [&] {
     if (host_.world() > cuda_device::kMaxRanks) throw_unsupported("there are more than 16 ranks");
+    box_.emplace(host_.world());
     blocks_ =
         std::make_unique<ReservedBlocks>(device_.index(), config_.channels > 0 ? config_.channels : kMostChannels);
     config_.channels = blocks_->count();
   });
   if (!failure.empty()) return failure;
   Wishes mine{config_, {}};
-  std::copy_n(box_.token().begin(), 32, mine.box);
+  std::copy_n(box_->token().begin(), 32, mine.box);
   std::vector<cpu::Config> wishes;
   for (const Wishes& w : gather(host_, mine)) {
     wishes.push_back(w.config);
@@ -220,7 +120,7 @@ void PeerGroup::send_segment() {
 // All ranks have sent theirs.
 void PeerGroup::map_segments() {
   for (int missing = host_.world() - 1; missing > 0;) {
-    const std::optional<cpu::Delivery> delivery = box_.take(std::chrono::milliseconds(1000));
+    const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(1000));
     if (!delivery) throw Error(ErrorKind::kError, "pycoll: a peer's memory did not arrive");
     const int r = delivery->sender;
     if (r < 0 || r >= host_.world() || r == host_.rank() || ranges_[r].mapped() > 0) continue;
@@ -255,7 +155,7 @@ void PeerGroup::join_multicast() {
                       }) &&
                       together([&] {
                         if (rank != 0) {
-                          const std::optional<cpu::Delivery> delivery = box_.take(std::chrono::milliseconds(1000));
+                          const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(1000));
                           if (!delivery || delivery->sender != 0 || delivery->tag != 1)
                             throw_unsupported("nothing arrived");
                           multicast_ = Physical::import(delivery->descriptors.at(0).get(), bytes);
@@ -283,7 +183,9 @@ void PeerGroup::launch(const cpu::Call& call) {
     launch(call, choice);
   } catch (const std::exception& e) {  // the others, who launch theirs, must not wait for this one
     const Error error(ErrorKind::kError, e.what(), rank_);
+    failure_->set(std::make_exception_ptr(error));
     monitor_.fail(error);
+    launcher_->abort();
     throw error;
   }
 }
@@ -324,12 +226,12 @@ uint64_t PeerGroup::mapped_offset(const void* p, size_t bytes) const {
   return offset;
 }
 
-void PeerGroup::send_new_memory() {
+void PeerGroup::send_new_memory() try {
   const std::lock_guard guard(heap_->lock);
   for (int r = 0; r < host_.world(); ++r) {
     if (r == host_.rank()) continue;
     for (size_t& next = heap_->sent[r]; next < heap_->parts.size(); ++next) {
-      const Heap::Part& part = heap_->parts[next];
+      const PeerHeap::Part& part = heap_->parts[next];
       const cpu::Fd descriptor(part.memory.share());
       const int descriptors[] = {descriptor.get()};
       const uint64_t tag = part.begin / kHeapGrain << 32 | part.memory.bytes() / kHeapGrain;
@@ -337,9 +239,10 @@ void PeerGroup::send_new_memory() {
     }
   }
   store_release(host_.mapped_device_heap(host_.rank(), host_.rank()), uint64_t{heap_->blocks.size()});
+} catch (const std::exception&) {  // no descriptors left, say: tried again with the next call; till then it is staged
 }
 
-void PeerGroup::take_in_peers_memory() {
+void PeerGroup::take_in_peers_memory() try {
   const int rank = host_.rank();
   if (heap_->has_unsent()) send_new_memory();
   for (int r = 0; r < host_.world(); ++r) {
@@ -347,7 +250,7 @@ void PeerGroup::take_in_peers_memory() {
       return r != rank && load_acquire(host_.mapped_device_heap(r, r)) > host_.mapped_device_heap(rank, r);
     };
     while (behind()) {
-      const std::optional<cpu::Delivery> delivery = box_.take(std::chrono::milliseconds(0));
+      const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(0));
       if (!delivery) return;  // later
       const int sender = delivery->sender;
       const size_t begin = (delivery->tag >> 32) * kHeapGrain, bytes = (delivery->tag & 0xffffffff) * kHeapGrain;
@@ -359,12 +262,17 @@ void PeerGroup::take_in_peers_memory() {
       store_release(host_.mapped_device_heap(rank, sender), uint64_t{begin + bytes});
     }
   }
+} catch (const std::exception&) {  // it stays unmapped here, and is staged
 }
 
 at::Tensor PeerGroup::empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   int64_t count = 1;
   for (const int64_t n : sizes) count *= n;
   try {
+    const c10::cuda::CUDAGuard on(device_);
+    if (is_capturing(at::cuda::getCurrentCUDAStream().stream())) {
+      throw_unsupported("empty() in the capture of a CUDA graph: make the tensor before");
+    }
     std::byte* block = heap_->take(static_cast<size_t>(count) * options.dtype().itemsize());
     send_new_memory();
     const auto give_back = [heap = heap_](void* p) { heap->give_back(static_cast<std::byte*>(p)); };
@@ -391,6 +299,7 @@ void PeerGroup::watch() {
     try {
       if (const std::exception_ptr failed = launcher_->failure()) std::rethrow_exception(failed);
       monitor_.throw_if_any_rank_is_lost();
+      launcher_->set_ranks_that_left(monitor_.ranks_that_left());
     } catch (const Error& e) {
       failure_->set(std::current_exception());
       monitor_.fail(e);

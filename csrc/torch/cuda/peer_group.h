@@ -1,34 +1,18 @@
 // Ranks each on a GPU of its own that all others reach: kernels that talk to one another, one launch a collective.
 #pragma once
 
-#include <ATen/cuda/CUDAEvent.h>
-
 #include <atomic>
 #include <condition_variable>
 #include <thread>
 
 #include "cpu/descriptors.h"
-#include "cpu/first_fit.h"
 #include "cuda/memory.h"
 #include "torch/cuda/launcher.h"
+#include "torch/cuda/peer_heap.h"
+#include "torch/cuda/reserved_blocks.h"
 #include "torch/device.h"
 
 namespace pycoll::bindings {
-
-// Blocks of a GPU that collectives of this process may hold at once, so that all of them fit on it together: only then
-// can spinning kernels of several communicators not lock one another out (csrc/README.md, D3).
-class ReservedBlocks {
- public:
-  ReservedBlocks(int device, int wish);  // gets less when others hold much; at least 1, or throws Error
-  ~ReservedBlocks();
-  ReservedBlocks(const ReservedBlocks&) = delete;
-  int count() const { return count_; }
-  void keep(int count);  // gives the rest back
-
- private:
-  const int device_;
-  int count_ = 0;
-};
 
 class PeerGroup : public Device {
  public:
@@ -47,9 +31,6 @@ class PeerGroup : public Device {
   std::string describe() const override;
 
  private:
-  // The heap on this rank's GPU: grows as tensors are made, and is mapped by peers as they come by.
-  struct Heap;
-
   void make_segment();
   void send_segment();
   void map_segments();
@@ -68,12 +49,12 @@ class PeerGroup : public Device {
   cpu::Config config_;
   std::unique_ptr<ReservedBlocks> blocks_;
   Geometry geometry_{};
-  cpu::DescriptorBox box_;
+  std::optional<cpu::DescriptorBox> box_;
   std::vector<std::string> boxes_;  // of all ranks
   cuda_device::Physical segment_, multicast_;
   std::vector<cuda_device::Range> ranges_;  // [world] segment and heap of each rank
   cuda_device::Range multicast_range_;
-  std::shared_ptr<Heap> heap_;
+  std::shared_ptr<PeerHeap> heap_;
   std::unique_ptr<Launcher> launcher_;
   std::mutex lock_;  // of what launch() changes
 
