@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-SHARED, OWN = "processes that share a GPU", "a GPU for each rank"
+SHARED, OWN, ALONE = "processes that share a GPU", "a GPU for each rank", "a GPU for each rank, as its only one"
 
 
 def needs(where: str, world_size: int) -> None:
     """Skips where there are too few GPUs."""
-    if where == OWN and torch.cuda.device_count() < world_size:
+    if where != SHARED and torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from places import OWN, SHARED, needs
+from places import ALONE, OWN, SHARED, needs
 
 import pycoll
 from pycoll import Communicator
@@ -34,6 +34,8 @@ WORDS = ("one_shot_ll", "two_shot_ll")
 
 def seat(rank: Rank, where: str) -> Communicator:
     """The rank's communicator, with its GPU made the current one."""
+    if where == ALONE:  # as some launchers do; nothing has asked CUDA yet in this process
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank.rank)
     torch.cuda.set_device(rank.rank if where == OWN else 0)
     return rank.communicator(cuda_config=SMALL, timeout=30)
 
@@ -69,11 +71,11 @@ def collectives(comm: Communicator, algorithms: tuple[str, ...]) -> None:
 
 def _collectives(rank: Rank, where: str) -> str:
     with seat(rank, where) as comm:
-        collectives(comm, (*HOST, *WORDS) if where == OWN else HOST)
+        collectives(comm, HOST if where == SHARED else (*HOST, *WORDS))
         return repr(comm)
 
 
-@pytest.mark.parametrize("where", (SHARED, OWN))
+@pytest.mark.parametrize("where", (SHARED, OWN, ALONE))
 @pytest.mark.parametrize("world_size", (1, 2, 3, 4))
 def test_collectives(where: str, world_size: int) -> None:
     needs(where, world_size)
@@ -146,7 +148,7 @@ def test_tensor_outlives_its_communicator() -> None:
 def _graph(rank: Rank, algorithm: str) -> None:
     with seat(rank, OWN) as comm:
         x = torch.zeros(20_000, device="cuda")
-        comm.all_reduce(x)  # the ranks meet; no warm-up of what is captured
+        # No warm-up: the ranks meet within the capture.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             comm.all_reduce(x, "avg", algorithm=algorithm)  # type: ignore[arg-type]

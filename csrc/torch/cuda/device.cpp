@@ -203,6 +203,9 @@ Place place_of(at::Device device) {
 
 std::unique_ptr<Device> make_device(cpu::Communicator& host, const cpu::Config& config, at::Device where) {
   const c10::cuda::CUDAGuard on(where);
+  // The first call may be within a capture, of which this is to be no part.
+  const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);
+  const c10::cuda::CUDAStreamGuard aside(at::cuda::getStreamFromPool(/*isHighPriority=*/false, where.index()));
   Place mine{};
   const std::string unknown = agree(host, [&] { mine = place_of(where); });
   if (!unknown.empty()) throw_unsupported("these ranks' GPUs cannot communicate: " + unknown);

@@ -97,8 +97,9 @@ void PeerGroup::make_segment() {
   Range& range = ranges_[host_.rank()];
   range = Range(device_.index(), geometry_.segment_bytes());
   range.append(segment_);
-  check_cuda(cudaMemset(range.data(), 0, geometry_.scratch_bytes()), "preparing the segment");
-  check_cuda(cudaDeviceSynchronize(), "preparing the segment");
+  const cudaStream_t stream = at::cuda::getCurrentCUDAStream().stream();
+  check_cuda(cudaMemsetAsync(range.data(), 0, geometry_.scratch_bytes(), stream), "preparing the segment");
+  check_cuda(cudaStreamSynchronize(stream), "preparing the segment");
   heap_->base = range.data() + geometry_.heap_offset();
   heap_->range = &range;
   heap_->limit = geometry_.heap_bytes;
