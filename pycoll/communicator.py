@@ -219,7 +219,8 @@ class Communicator:
             dtype: of its elements.
             device: "cpu", or the rank's GPU: there the ranks must have met, by a collective or by calling this on all
                 ranks. Peers map new memory when they come by, so a tensor's first collective may still be staged; where
-                GPUs do not reach one another it is ordinary memory.
+                GPUs do not reach one another it is ordinary memory. `Tensor.record_stream` has no effect on the heap:
+                before a tensor is dropped, the current stream must have waited for others that use it.
 
         Raises:
             Error: the heap is full (Config.heap_bytes), or the machine has no memory.

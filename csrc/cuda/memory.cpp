@@ -149,12 +149,17 @@ void Range::append(const Physical& memory) {
   if (memory.bytes() > bytes_ - mapped()) throw DriverError("pycoll: the range of addresses is full");
   const CUdeviceptr at = base_ + mapped();
   check(PYCOLL_DRIVER(cuMemMap)(at, memory.bytes(), 0, memory.handle_, 0), "mapping memory of a GPU");
-  parts_.push_back(memory.bytes());
   CUmemAccessDesc access{};
   access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   access.location.id = device_;
   access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  check(PYCOLL_DRIVER(cuMemSetAccess)(at, memory.bytes(), &access, 1), "reaching a peer's memory");
+  try {
+    check(PYCOLL_DRIVER(cuMemSetAccess)(at, memory.bytes(), &access, 1), "reaching a peer's memory");
+  } catch (...) {
+    PYCOLL_GIVE_BACK(cuMemUnmap, at, memory.bytes());
+    throw;
+  }
+  parts_.push_back(memory.bytes());
 }
 
 }  // namespace pycoll::cuda_device

@@ -1,6 +1,9 @@
 #include "torch/device.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
+#ifdef PYCOLL_WITH_CUDA
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
 
 #include "torch/errors.h"
 
@@ -8,6 +11,7 @@ namespace pycoll::bindings {
 
 DeviceSlot::DeviceSlot(cpu::Communicator& host, const cpu::Config& config) : host_(host), config_(config) {
   host.on_close([state = state_] {
+    const std::lock_guard met(state->meeting);  // a meeting under way ends soon: no call of the host's runs any more
     std::unique_ptr<Device> device;
     {
       const std::unique_lock no_user(state->use);
@@ -118,8 +122,18 @@ void DeviceTurn::let_current_wait() {
   failure_->throw_if_any();
 }
 
+bool DeviceTurn::ended() const {
+#ifdef PYCOLL_WITH_CUDA
+  const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
+#endif
+  return end_.query();
+}
+
 void DeviceTurn::uses(const at::Tensor& t) const {
-  c10::impl::VirtualGuardImpl(stream_.device_type()).recordDataPtrOnStream(t.storage().data_ptr(), stream_);
+  try {
+    c10::impl::VirtualGuardImpl(stream_.device_type()).recordDataPtrOnStream(t.storage().data_ptr(), stream_);
+  } catch (const c10::Error&) {  // some allocators take it ill that the memory is not theirs
+  }
 }
 
 }  // namespace pycoll::bindings

@@ -106,7 +106,7 @@ class DeviceTurn {
   void end(const std::function<void()>& store);
   // The current stream goes on after the call. Throws what has gone wrong on the GPU, as far as it is known by now.
   void let_current_wait();
-  bool ended() const { return end_.query(); }
+  bool ended() const;
 
   // The memory is in use on the call's stream, whatever stream it was made on.
   void uses(const at::Tensor& t) const;

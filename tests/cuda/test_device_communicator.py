@@ -35,7 +35,8 @@ WORDS = ("one_shot_ll", "two_shot_ll")
 def seat(rank: Rank, where: str) -> Communicator:
     """The rank's communicator, with its GPU made the current one."""
     if where == ALONE:  # as some launchers do; nothing has asked CUDA yet in this process
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank.rank)
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = given[rank.rank]
     torch.cuda.set_device(rank.rank if where == OWN else 0)
     return rank.communicator(cuda_config=SMALL, timeout=30)
 

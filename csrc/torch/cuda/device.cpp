@@ -36,6 +36,7 @@ class Stepped : public Device, private cpu::Mover {
     }
   }
   ~Stepped() override {
+    const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);
     (void)cudaStreamSynchronize(stream_.stream());  // kernels use the segments
     unmap_segments();
   }
@@ -205,7 +206,11 @@ std::unique_ptr<Device> make_device(cpu::Communicator& host, const cpu::Config& 
   const c10::cuda::CUDAGuard on(where);
   // The first call may be within a capture, of which this is to be no part.
   const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);
-  const c10::cuda::CUDAStreamGuard aside(at::cuda::getStreamFromPool(/*isHighPriority=*/false, where.index()));
+  at::cuda::CUDAStream stream = at::cuda::getStreamFromPool(/*isHighPriority=*/false, where.index());
+  for (int i = 0; i < 32 && is_capturing(stream.stream()); ++i) {  // the pool goes round, and captures take from it
+    stream = at::cuda::getStreamFromPool(/*isHighPriority=*/false, where.index());
+  }
+  const c10::cuda::CUDAStreamGuard aside(stream);
   Place mine{};
   const std::string unknown = agree(host, [&] { mine = place_of(where); });
   if (!unknown.empty()) throw_unsupported("these ranks' GPUs cannot communicate: " + unknown);

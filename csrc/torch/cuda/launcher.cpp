@@ -1,6 +1,7 @@
 #include "torch/cuda/launcher.h"
 
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime_api.h>
 
@@ -110,6 +111,7 @@ Launcher::Launcher(at::Device device, const Geometry& geometry, const std::vecto
 }
 
 Launcher::~Launcher() {
+  const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
   try {
     wait();
   } catch (...) {  // a device that has failed, or that is shut down at the end of the process

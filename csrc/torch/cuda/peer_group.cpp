@@ -2,6 +2,7 @@
 
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime_api.h>
 
@@ -31,11 +32,19 @@ PeerGroup::PeerGroup(cpu::Communicator& host, const cpu::Config& config, at::Dev
       heap_(std::make_shared<PeerHeap>(device, stream_)) {}
 
 PeerGroup::~PeerGroup() {
-  try {
-    if (launcher_) launcher_->wait();  // while watch() still ends it where a peer is lost
-    const c10::cuda::CUDAGuard on(device_);
-    c10::cuda::device_synchronize();  // graphs that hold calls; what uses tensors in the heap
-  } catch (...) {                     // a device that has failed, or that is shut down at the end of the process
+  const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
+  const auto if_it_can = [](const auto& f) {
+    try {
+      f();
+    } catch (...) {  // a device that has failed, or that is shut down at the end of the process
+    }
+  };
+  if (launcher_) {
+    if_it_can([&] { launcher_->wait(); });  // while watch() still ends it where a peer is lost
+    if_it_can([&] {                         // graphs that hold calls; what uses tensors in the heap
+      const c10::cuda::CUDAGuard on(device_);
+      c10::cuda::device_synchronize();
+    });
   }
   {
     const std::lock_guard guard(watching_);
@@ -298,9 +307,10 @@ void PeerGroup::watch() {
   std::unique_lock guard(watching_);
   while (!stop_.wait_for(guard, std::chrono::milliseconds(20), [this] { return stopping_; })) {
     try {
+      const uint32_t left = monitor_.ranks_that_left();  // first: who failed and then left has failed
       if (const std::exception_ptr failed = launcher_->failure()) std::rethrow_exception(failed);
       monitor_.throw_if_any_rank_is_lost();
-      launcher_->set_ranks_that_left(monitor_.ranks_that_left());
+      launcher_->set_ranks_that_left(left);
     } catch (const Error& e) {
       failure_->set(std::current_exception());
       monitor_.fail(e);

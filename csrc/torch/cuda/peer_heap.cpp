@@ -2,6 +2,7 @@
 
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
@@ -22,8 +23,17 @@ constexpr size_t kAlignment = 512;
 PeerHeap::~PeerHeap() {
   try {
     const c10::cuda::CUDAGuard on(device);
+    const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);
     c10::cuda::device_synchronize();
   } catch (...) {  // a device that has failed, or that is shut down at the end of the process
+  }
+}
+
+bool PeerHeap::Freed::ended() const noexcept {
+  try {
+    return user.query() && group.query();
+  } catch (...) {  // a device that has failed
+    return false;
   }
 }
 
@@ -39,11 +49,16 @@ std::optional<size_t> PeerHeap::find(size_t bytes) {
 std::byte* PeerHeap::take(size_t bytes) {
   const std::lock_guard guard(lock);
   const c10::cuda::CUDAGuard on(device);
+  const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
   const size_t need = round_up(std::max<size_t>(bytes, 1), kAlignment);
   std::optional<size_t> offset = find(need);
   if (!offset && range != nullptr && blocks.size() + round_up(need, kGrain) <= limit) {
-    grow(smaller(round_up(need, kStep), limit - blocks.size()));
-    offset = find(need);
+    try {
+      grow(smaller(round_up(need, kStep), limit - blocks.size()));
+      offset = find(need);
+    } catch (const cuda_device::DriverError&) {
+      if (freed.empty()) throw;
+    }
   }
   if (!offset) {  // what was freed is the last hope
     for (Freed& f : freed) {

@@ -28,7 +28,7 @@ struct PeerHeap {
   struct Freed {
     size_t offset;
     at::cuda::CUDAEvent user, group;  // the ends of what may still use it: on the stream that freed it, on the group's
-    bool ended() const { return user.query() && group.query(); }
+    bool ended() const noexcept;
   };
   std::vector<Freed> freed;  // came back, but not yet free
   struct Part {

@@ -3,8 +3,8 @@
 
 namespace pycoll::bindings {
 
-// Blocks of a GPU that collectives of this process may hold at once, so that all of them fit on it together: only then
-// can spinning kernels of several communicators not lock one another out (csrc/README.md, D3).
+// Blocks of a GPU that collectives of this process may hold at once, so that all of them fit on it together
+// (csrc/README.md, D3).
 class ReservedBlocks {
  public:
   ReservedBlocks(int device, int wish);  // gets less when others hold much; at least 1, or throws Error
