@@ -1,6 +1,7 @@
 // One call on one channel of one rank: which algorithm runs. The same for every device.
 #pragma once
 
+#include "algorithms/all_to_all.h"
 #include "algorithms/cut.h"
 #include "algorithms/direct.h"
 #include "algorithms/links.h"
@@ -34,7 +35,7 @@ template <class Exec>
 PYCOLL_HD bool run_alone(Exec& exec, const Operation& op, Span s, const CallRecord& mine) {
   void* dst = op.out + s.offset * op.element_bytes;
   const void* src = op.in + s.offset * op.element_bytes;
-  if (mine.collective == Collective::kAllReduce || mine.collective == Collective::kReduceScatter) {
+  if (reduces(mine.collective)) {
     exec.combine({&dst, 1, &src, 1, 0, true, 1, s.length});
   } else if (dst != src) {
     exec.copy(dst, src, s.length * op.element_bytes);
@@ -55,6 +56,14 @@ constexpr decltype(auto) dispatch_call(Collective collective, Algorithm algorith
       return f(TypeTag<AllGather>{});
     case Collective::kReduceScatter:
       return f(TypeTag<ReduceScatter>{});
+    case Collective::kReduce:
+      return f(TypeTag<TwoShotReduce>{});
+    case Collective::kGather:
+      return f(TypeTag<Gather>{});
+    case Collective::kScatter:
+      return f(TypeTag<Scatter>{});
+    case Collective::kAllToAll:
+      return f(TypeTag<AllToAll>{});
     case Collective::kAllReduce:
       break;
   }
@@ -77,7 +86,7 @@ constexpr decltype(auto) dispatch_call(Collective collective, Algorithm algorith
 }
 
 // What an algorithm is written in.
-enum class Family { kWindow, kChannel, kWords };
+enum class Family { kWindow, kChannel, kWords, kExchange };
 template <class Algorithm>
 constexpr Family kFamily = Family::kWindow;
 template <>
@@ -88,6 +97,8 @@ template <>
 inline constexpr Family kFamily<OneShotLlAllReduce> = Family::kWords;
 template <>
 inline constexpr Family kFamily<TwoShotLlAllReduce> = Family::kWords;
+template <>
+inline constexpr Family kFamily<AllToAll> = Family::kExchange;
 
 // `enter(window)` is the call's first barrier, after which the records of all ranks may be read; false: give up.
 // `op.partition` is set here. Words and multimem are for executors that have them.
@@ -100,7 +111,8 @@ PYCOLL_HD bool run_call(Exec& exec, Operation op, const PeerTable& table, int ch
   if constexpr (kFamily<Algorithm> == Family::kWords) {  // right in a world of one as well, and without the large loops
     return run_words<Algorithm>(exec, op, table, channel, state, mine);
   } else if (op.world == 1) {
-    return run_alone(exec, op, channel_share(mine.count, channel, channels), mine);
+    const size_t count = op.send_counts ? op.send_counts[0] : mine.count;
+    return run_alone(exec, op, channel_share(count, channel, channels), mine);
   } else if constexpr (std::is_same_v<Algorithm, BarrierOnly>) {
     return enter(w);
   } else if constexpr (kFamily<Algorithm> == Family::kChannel) {
@@ -108,6 +120,9 @@ PYCOLL_HD bool run_call(Exec& exec, Operation op, const PeerTable& table, int ch
     Channel<Exec> c(exec, op, table.geometry.link_slots, table.geometry.link_bytes);
     run_channel(c, links.of<Algorithm>());
     return exec.sync(true);
+  } else if constexpr (kFamily<Algorithm> == Family::kExchange) {
+    Exchange<Exec> x(exec, op, table, channel, channels, state, records, mine);
+    return run_window<Algorithm>(x, [&] { return enter(x); });
   } else {
     return run_window<Algorithm>(w, [&] { return enter(w); });
   }

@@ -14,12 +14,23 @@ PYCOLL_HD Partition cut(const CallRecord& r, const Geometry& g, int channel, int
   const size_t slot = g.slot_bytes / element;                      // elements of a slot,
   const size_t place = g.place_bytes() / element;                  // of one rank's place in it,
   const size_t buffer = g.link_bytes / accumulator_size(r.dtype);  // of a link buffer
-  if (r.collective == Collective::kReduceScatter) {
-    const size_t block = r.count / g.world;
-    return {channel_share(block, channel, channels), place, 1, block};
-  }
   const Span share = channel_share(r.count, channel, channels);
-  if (r.collective == Collective::kAllGather) return {share, slot, 1, r.count};
+  switch (r.collective) {
+    case Collective::kReduceScatter:
+    case Collective::kScatter: {
+      const size_t block = r.count / g.world;
+      return {channel_share(block, channel, channels), place, 1, block};
+    }
+    case Collective::kAllGather:
+    case Collective::kGather:
+      return {share, slot, 1, r.count};
+    case Collective::kReduce:
+      return {share, place, g.world};
+    case Collective::kAllToAll:  // a share of nothing: it is cut when the counts are known (core/exchange.h)
+      return {share, place, 1};
+    default:
+      break;
+  }
   switch (r.algorithm) {
     case Algorithm::kRing:
       return {share, buffer, g.world};

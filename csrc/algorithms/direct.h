@@ -1,9 +1,12 @@
-// Reduce-scatter, all-gather and broadcast over everybody's memory: the units that two-shot fuses.
+// The collectives over everybody's memory that all_reduce is not: the units that two-shot fuses, and what has a root.
 //
 // reduce-scatter: publish the other ranks' blocks, barrier, each rank adds its own block of all ranks in rank order.
 // all-gather:     publish the own block, barrier, each rank copies all blocks.
-// broadcast:      the root publishes, barrier, the others copy. All ranks wait on all, as in every barrier: it needs no
-//                 credits.
+// gather:         the same, but only the root copies.
+// scatter:        the root publishes the other ranks' blocks, barrier, each rank copies its own.
+// broadcast:      the root publishes, barrier, the others copy.
+// reduce:         two-shot, of which only the root collects (algorithms/two_shot.h): all ranks share the additions.
+// All ranks wait on all, as in every barrier, also where there is a root: it needs no credits.
 // Each ends with a barrier only if a tensor was read where it lies (csrc/README.md, W6).
 #pragma once
 
@@ -28,7 +31,7 @@ struct ReduceScatter {
   }
   template <class W>
   PYCOLL_HD static void combine(W& w) {
-    w.reduce_chunk(w.rank(), /*out_shift=*/w.rank() * w.block(), /*share_result=*/false);
+    w.reduce_chunk(w.rank(), /*out_shift=*/w.rank() * w.block(), Receivers::kOwner);
   }
   template <class W>
   PYCOLL_HD static void collect(W&) {}
@@ -45,6 +48,17 @@ struct AllGather : ReduceScatter {
       const int r = (w.rank() + i) % w.world();
       w.copy_block(r, r);
     }
+  }
+};
+
+struct Gather : AllGather {
+  template <class W>
+  PYCOLL_HD static void publish(W& w) {
+    if (w.rank() != w.root()) w.stage_own();
+  }
+  template <class W>
+  PYCOLL_HD static void combine(W& w) {
+    if (w.rank() == w.root()) AllGather::combine(w);
   }
 };
 
@@ -69,6 +83,17 @@ struct Broadcast {
   }
   template <class W>
   PYCOLL_HD static void collect(W&) {}
+};
+
+struct Scatter : Broadcast {
+  template <class W>
+  PYCOLL_HD static void publish(W& w) {
+    if (w.rank() == w.root()) ReduceScatter::publish(w);
+  }
+  template <class W>
+  PYCOLL_HD static void combine(W& w) {
+    w.take_chunk(w.root(), w.rank());
+  }
 };
 
 }  // namespace pycoll

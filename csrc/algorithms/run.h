@@ -10,18 +10,19 @@ namespace pycoll {
 // publish(0) barrier { combine(k) publish(k+1) barrier collect(k) }: one barrier a round, since the barrier that ends
 // round k also announces what round k+1 starts from. `enter` is the first barrier (on channel 0: the entry, which
 // compares the records).
-template <class Algorithm, class Exec, class Enter>
-PYCOLL_HD bool run_window(Window<Exec>& w, const Enter& enter) {
+template <class Algorithm, class W, class Enter>
+PYCOLL_HD bool run_window(W& w, const Enter& enter) {
   w.first_publish();
   w.begin_publish(0);
   Algorithm::publish(w);
   if (!enter()) return false;
   if (Algorithm::all_in_place(w)) w.take_all_at_once();
   const bool ends_with_barrier = Algorithm::kCollects || Algorithm::touches_tensors(w);
-  const size_t rounds = w.rounds();
+  size_t rounds = w.rounds();
   for (size_t k = 0; k < rounds; ++k) {
     w.begin_combine(k);
     Algorithm::combine(w);
+    if constexpr (requires { typename Algorithm::LearnsRounds; }) rounds = w.rounds();
     if (k + 1 < rounds) {
       w.begin_publish(k + 1);
       Algorithm::publish(w);

@@ -35,11 +35,27 @@ struct TwoShotAllReduce {
   }
   template <class W>
   PYCOLL_HD static void combine(W& w) {
-    w.reduce_chunk(w.rank(), /*out_shift=*/0, /*share_result=*/true);
+    w.reduce_chunk(w.rank(), /*out_shift=*/0, Receivers::kAll);
   }
   template <class W>
   PYCOLL_HD static void collect(W& w) {
     for (int i = 1; i < w.world(); ++i) w.collect_chunk((w.rank() + i) % w.world());
+  }
+};
+
+// Reduce: the same, for the root alone.
+struct TwoShotReduce : TwoShotAllReduce {
+  template <class W>
+  PYCOLL_HD static bool all_in_place(const W& w) {
+    return w.output_mapped(w.root()) && w.count_ranks([&](int r) { return w.input_mapped(r); }) == w.world();
+  }
+  template <class W>
+  PYCOLL_HD static void combine(W& w) {
+    w.reduce_chunk(w.rank(), /*out_shift=*/0, Receivers::kRoot);
+  }
+  template <class W>
+  PYCOLL_HD static void collect(W& w) {
+    if (w.rank() == w.root()) TwoShotAllReduce::collect(w);
   }
 };
 

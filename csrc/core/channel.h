@@ -12,11 +12,12 @@
 //   void post(Cell&, uint64_t)                 leader only
 //   bool sync(bool ok)                         all threads of the group meet; whether all said true
 //   void combine(const CombineArgs&), void copy(void*, const void*, size_t)   all threads, each its part
-//   const void** sources(), void** destinations()   room for a pointer per rank
+//   const void** sources(), void** destinations(), uint64_t* units()   room for a pointer or 8 bytes of each rank, for
+//                                              this thread
+//   void report_counts(int from, int to, uint64_t sent, uint64_t expected)   an all-to-all in which these differ: fails
 // Where the device has words and multimem, besides:
 //   bool await_until(predicate, int peer)      any thread, for itself: until the predicate holds; false on failure
 //   uint64_t reduce(const uint64_t* units, int count)   8 bytes of elements of each rank into 8 bytes of the result
-//   uint64_t* units()                                   room for 8 bytes of each rank, for this thread
 //   void fence()                               what this thread wrote or read comes before what it writes or reads next
 //   void reduce_in_switch(const PeerTable&, size_t offset, size_t count)   all threads; see Window
 //   void report_mismatch(const PeerTable&, int channel, uint64_t epoch)   leader only, and also after a failed sync:
@@ -54,6 +55,9 @@ struct Operation {
   size_t element_bytes;
   int rank, world;
   Partition partition;
+  // All-to-all only, [world]: how many elements go to each rank, and how many are expected of it.
+  const uint64_t* send_counts = nullptr;
+  const uint64_t* recv_counts = nullptr;
 };
 
 template <class Exec>

@@ -8,10 +8,21 @@
 
 namespace pycoll {
 
-enum class Collective : uint8_t { kAllReduce, kBroadcast, kAllGather, kReduceScatter, kBarrier };
+enum class Collective : uint8_t {
+  kAllReduce,
+  kReduce,
+  kBroadcast,
+  kAllGather,
+  kGather,
+  kReduceScatter,
+  kScatter,
+  kAllToAll,
+  kBarrier
+};
 
 constexpr const char* name(Collective c) {
-  constexpr const char* names[] = {"all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier"};
+  constexpr const char* names[] = {"all_reduce",     "reduce",  "broadcast",  "all_gather", "gather",
+                                   "reduce_scatter", "scatter", "all_to_all", "barrier"};
   return names[static_cast<int>(c)];
 }
 
@@ -25,20 +36,40 @@ constexpr const char* name(Algorithm a) {
   return names[static_cast<int>(a)];
 }
 
+constexpr bool has_root(Collective c) {
+  return c == Collective::kReduce || c == Collective::kBroadcast || c == Collective::kGather ||
+         c == Collective::kScatter;
+}
+constexpr bool reduces(Collective c) {
+  return c == Collective::kAllReduce || c == Collective::kReduce || c == Collective::kReduceScatter;
+}
+
 constexpr uint64_t kNotMapped = ~uint64_t{0};  // an offset that says: not in my heap, read it from my slot
 
 struct CallRecord {
   uint64_t sequence;    // how many collectives this rank has begun before
-  uint64_t count;       // elements of the input (for broadcast: of the tensor)
+  uint64_t count;       // elements: see elements_of
   uint64_t in_offset;   // where the input lies in this rank's heap, or kNotMapped; ranks may differ
   uint64_t out_offset;  // the same for the output
-  int32_t root;         // broadcast only, else 0
+  int32_t root;         // 0 where there is none
   Collective collective;
   DType dtype;
   ReduceOp op;
   Algorithm algorithm;
   uint64_t shape;  // what else the caller wants compared, as one number: sizes, the type behind bytes
 };
+
+// Elements of a rank's input and output, from what all ranks agree on: `count` is that of the tensor (all-reduce, reduce,
+// broadcast), of one rank's block (all-gather, gather), or of all blocks (reduce-scatter, scatter). In an all-to-all
+// ranks differ, and it is 0. Rooted collectives use some of it on the root alone.
+struct InOut {
+  uint64_t in, out;
+};
+PYCOLL_HD InOut elements_of(Collective c, uint64_t count, int world) {
+  const bool gathers = c == Collective::kAllGather || c == Collective::kGather;
+  const bool scatters = c == Collective::kReduceScatter || c == Collective::kScatter;
+  return {count, gathers ? count * world : scatters ? count / world : count};
+}
 
 // What same_call compares, in 32 bits.
 PYCOLL_HD uint32_t digest(const CallRecord& r) {

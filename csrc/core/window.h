@@ -13,6 +13,9 @@
 
 namespace pycoll {
 
+// Who gets what the owner of a chunk has computed.
+enum class Receivers { kOwner, kRoot, kAll };
+
 // What a channel keeps from call to call: barriers, publishes and exchanges so far. Private to the rank, equal on all ranks.
 struct WindowState {
   uint64_t epoch = 0;
@@ -77,18 +80,20 @@ class Window {
 
   // ---- combine: from everybody's slots or tensors ----
 
-  // My chunk: reduced over all ranks in rank order, to my output, to every output that is mapped, and to my slot for
-  // the others.
-  PYCOLL_HD void reduce_chunk(int c, size_t out_shift, bool share_result) {
+  // My chunk: reduced over all ranks in rank order, to the outputs of those who get it, so far as they are mapped or my
+  // own, and to my slot for the others.
+  PYCOLL_HD void reduce_chunk(int c, size_t out_shift, Receivers receivers) {
     const Span s = op_.partition.at(round_, c);
     const void** src = exec_.sources();
     void** dst = exec_.destinations();
     int dsts = 0;
-    dst[dsts++] = op_.out + (s.offset - out_shift) * op_.element_bytes;
+    if (receivers != Receivers::kRoot || rank() == root()) {
+      dst[dsts++] = op_.out + (s.offset - out_shift) * op_.element_bytes;
+    }
     bool others_collect = false;
     for (int r = 0; r < world(); ++r) {
       src[r] = r == rank() ? input(s) : chunk_of(r, c, s);
-      if (!share_result || r == rank()) continue;
+      if (r == rank() || receivers == Receivers::kOwner || (receivers == Receivers::kRoot && r != root())) continue;
       if (output_mapped(r)) {
         dst[dsts++] = tensor(r, records_[r].out_offset, s);
       } else {
@@ -116,6 +121,14 @@ class Window {
                                              : slot(r);
     std::byte* dst = op_.out + to.offset * op_.element_bytes;
     if (dst != src) exec_.copy(dst, src, bytes(to));
+  }
+
+  // What rank r published for me, chunk `c` of its input, to my output, which is that chunk alone.
+  PYCOLL_HD void take_chunk(int r, int c) {
+    const Span s = op_.partition.at(round_, c);
+    const std::byte* src = r == rank() ? input(s) : chunk_of(r, c, s);
+    std::byte* dst = op_.out + (s.offset - c * block()) * op_.element_bytes;
+    if (dst != src) exec_.copy(dst, src, bytes(s));
   }
 
   // Multimem: the switch adds chunk `c` of all ranks' slots, and writes the sum into all of them.
@@ -150,7 +163,7 @@ class Window {
     return exec_.sync(ok);
   }
 
- private:
+ protected:
   PYCOLL_HD uint64_t published(size_t round) const { return first_ + round; }
   PYCOLL_HD void begin(size_t round, uint64_t publish) {
     round_ = round;

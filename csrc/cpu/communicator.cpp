@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -15,6 +16,12 @@
 #include "cpu/queue.h"
 
 namespace pycoll::cpu {
+
+InOut elements_of(const Call& call, int world) {
+  if (!call.send_counts) return elements_of(call.collective, call.count, world);
+  return {std::accumulate(call.send_counts, call.send_counts + world, uint64_t{0}),
+          std::accumulate(call.recv_counts, call.recv_counts + world, uint64_t{0})};
+}
 
 struct Communicator::Impl {
   std::shared_ptr<Attachment> attachment;  // none once closed; used in a call of the queue, or under `mapped`
@@ -63,22 +70,21 @@ struct Communicator::Impl {
   }
 
   CallRecord record_of(const Call& call) {
-    const size_t bytes = call.count * size_of(call.dtype);
-    size_t out_bytes = bytes;
-    if (call.collective == Collective::kAllGather) out_bytes = bytes * world();
-    if (call.collective == Collective::kReduceScatter) out_bytes = bytes / world();
+    const size_t element = size_of(call.dtype);
+    const InOut elements = elements_of(call, world());
     CallRecord r{};
     r.sequence = sequence;
     r.count = call.count;
-    r.in_offset = call.meeting ? reinterpret_cast<uint64_t>(call.in) : heap->offset_of(call.in, bytes);
-    r.out_offset = call.meeting ? reinterpret_cast<uint64_t>(call.out) : heap->offset_of(call.out, out_bytes);
+    // Ranks that meet share a process: rank 0 finds their calls there.
+    r.in_offset = call.meeting ? reinterpret_cast<uint64_t>(&call) : heap->offset_of(call.in, elements.in * element);
+    r.out_offset = call.meeting ? kNotMapped : heap->offset_of(call.out, elements.out * element);
     r.root = call.root;
     r.collective = call.collective;
     r.dtype = call.dtype;
     r.op = call.op;
     r.shape = call.shape;
     r.algorithm = Algorithm::kDirect;
-    if (call.collective == Collective::kAllReduce) r.algorithm = call.algorithm.value_or(choose(bytes));
+    if (call.collective == Collective::kAllReduce) r.algorithm = call.algorithm.value_or(choose(call.count * element));
     return r;
   }
 
@@ -94,11 +100,10 @@ struct Communicator::Impl {
     });
   }
 
-  void take_turn(const Call& call, const std::function<void()>& before, bool in_caller) {
-    if (before) {
-      if (const std::exception_ptr failure = guarded(before)) std::rethrow_exception(failure);
-    }
-    execute(call, in_caller);
+  void take(const Turn& turn, bool in_caller) {
+    watch.throw_if_failed();
+    const Runner runner(*this, in_caller);
+    if (const std::exception_ptr failure = guarded([&] { turn(runner); })) std::rethrow_exception(failure);
   }
 
   void execute(const Call& call, bool in_caller) {
@@ -111,6 +116,9 @@ struct Communicator::Impl {
       if (interrupted && !failure) failure = interrupted;
     });
     if (!failure) failure = other;
+    if (failure && call.meeting) {  // the others know of it by now
+      const std::lock_guard not_in_use(meeting_lock());
+    }
     // A rank that failed may have used its tensors again while this one still read them (F5).
     if (!failure && reaches_into_tensors(mine)) failure = guarded([&] { watch.throw_if_any_rank_failed(); });
     if (failure) std::rethrow_exception(failure);
@@ -146,7 +154,9 @@ struct Communicator::Impl {
                        size_of(call.dtype),
                        rank(),
                        world(),
-                       {}};
+                       {},
+                       call.send_counts,
+                       call.recv_counts};
     // Alone, or where the CPU moves nothing, one does it all.
     const int channels = world() == 1 || call.mover || call.meeting ? 1 : channels_for(mine);
     // The entry: on channel 0, with the record; the other channels start when it has passed.
@@ -182,14 +192,23 @@ struct Communicator::Impl {
     });
   }
 
+  // Held by rank 0 while it uses what is the other ranks', all of this process; and by who fails before it goes.
+  static std::mutex& meeting_lock() {
+    static auto* lock = new std::mutex;
+    return *lock;
+  }
+
   // All ranks' tensors are known after the entry; nobody goes on before rank 0 has run the call for all.
   template <class Enter>
   void meet(Executor& exec, Operation op, const CallRecord& mine, Meeting& meeting, const Enter& enter) {
     Window<Executor> w(exec, op, table, 0, windows[0], records.data(), mine);
     enter(w);
     if (rank() == 0) {
-      watch.throw_if_any_rank_failed();  // its tensors may be gone
-      meeting.run(records);
+      const std::lock_guard all_stay(meeting_lock());
+      watch.throw_if_any_rank_failed();  // its call and its tensors may be gone
+      std::vector<const Call*> calls;
+      for (const CallRecord& r : records) calls.push_back(reinterpret_cast<const Call*>(r.in_offset));
+      meeting.run(calls);
     }
     w.barrier();
   }
@@ -199,7 +218,8 @@ struct Communicator::Impl {
   }
 
   int channels_for(const CallRecord& r) const {
-    const size_t bytes = r.count * size_of(r.dtype) * (r.collective == Collective::kAllGather ? world() : 1);
+    const InOut elements = elements_of(r.collective, r.count, world());
+    const size_t bytes = std::max(elements.in, elements.out) * size_of(r.dtype);
     return static_cast<int>(std::clamp<size_t>(bytes / attachment->channel_min_bytes, 1, table.geometry.channels));
   }
 
@@ -280,17 +300,22 @@ Communicator::~Communicator() {
   }
 }
 
-void Communicator::run(const Call& call, const std::function<void()>& before, const std::function<void()>& after) {
+void Communicator::Runner::operator()(const Call& call) const { impl_.execute(call, in_caller_); }
+
+void Communicator::check(const Call& call) const { impl_->check(call); }
+
+void Communicator::run(const Call& call) {
+  check(call);
+  run([&](const Runner& run) { run(call); });
+}
+
+void Communicator::run(const Turn& turn) {
   Impl* impl = impl_.get();
-  impl->check(call);
+  impl->check_open();
   if (Queue::inside(&impl->queue)) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: a collective was called from within another, by a signal handler or a callback");
   }
-  const auto turn = [&](bool in_caller) {
-    impl->take_turn(call, before, in_caller);
-    if (after) after();
-  };
   const auto interrupt = [impl] {
     try {
       check_interrupt();
@@ -299,25 +324,21 @@ void Communicator::run(const Call& call, const std::function<void()>& before, co
       throw;
     }
   };
-  impl->queue.run(turn, interrupt);
+  impl->queue.run([&](bool in_caller) { impl->take(turn, in_caller); }, interrupt);
 }
 
-void Communicator::enqueue(const Call& call, std::function<void()> before,
-                           std::function<void(std::exception_ptr)> done) {
+void Communicator::enqueue(Turn turn, std::function<void(std::exception_ptr)> done) {
   Impl* impl = impl_.get();
-  impl->check(call);
+  impl->check_open();
   {
     const std::lock_guard user(impl->mapped);
     if (impl->attachment) impl->watch.throw_if_failed();  // now, rather than when somebody waits
   }
-  const auto turn = [impl, call, before = std::move(before)](bool in_caller) {
-    impl->take_turn(call, before, in_caller);
-  };
-  impl->queue.enqueue(turn, std::move(done));
+  impl->queue.enqueue([impl, turn = std::move(turn)](bool in_caller) { impl->take(turn, in_caller); }, std::move(done));
 }
 
-bool Communicator::inside(const void* turn) { return Queue::inside(turn); }
-const void* Communicator::turn() const { return &impl_->queue; }
+bool Communicator::inside(const void* turns) { return Queue::inside(turns); }
+const void* Communicator::turns() const { return &impl_->queue; }
 
 void Communicator::close() {
   if (!impl_->forked()) impl_->close();

@@ -16,10 +16,9 @@
 
 namespace pycoll::cpu {
 
-// One collective as this rank calls it. Memory is dense; `count` is in elements of the input (all-gather: one rank's
-// block; reduce-scatter: all blocks, a multiple of the world size; all-reduce and broadcast: the tensor). In place
-// where in == out; they must not overlap otherwise (all-gather, reduce-scatter: `in` or `out` may also be this rank's
-// block of the other).
+// One collective as this rank calls it. Memory is dense; `count` is as in core/record.h, elements_of. What only the root
+// uses is null elsewhere. In place where in == out; they must not overlap otherwise (where one holds blocks the other may
+// also be this rank's block of it). An all-to-all is never in place.
 struct Call {
   Collective collective;
   DType dtype = DType::kUInt8;
@@ -30,26 +29,48 @@ struct Call {
   void* out = nullptr;
   size_t count = 0;
   uint64_t shape = 0;  // ranks must give the same; see CallRecord
+  // All-to-all, instead of `count`: elements to and from each rank [world]. They outlive the call.
+  const uint64_t* send_counts = nullptr;
+  const uint64_t* recv_counts = nullptr;
   // Memory that the CPU does not move (cpu/elsewhere.h): at most one of the two. They outlive the call.
   Mover* mover = nullptr;
   Meeting* meeting = nullptr;
 };
 
+InOut elements_of(const Call& call, int world);  // of its input and output
+
 class Communicator {
+  struct Impl;
+
  public:
   // Meets the other ranks through the store; returns when all have attached. Throws Error.
   Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout);
   ~Communicator();  // as close()
 
-  // Blocks until done. Errors of the collective are terminal for the communicator, kUsage errors are not. `before` and
-  // `after` belong to the call's turn; `after` is left out if the call failed.
-  void run(const Call& call, const std::function<void()>& before = {}, const std::function<void()>& after = {});
-  // Returns at once. When it is the call's turn a thread of the communicator's calls `before`, runs it, and calls `done`.
-  void enqueue(const Call& call, std::function<void()> before, std::function<void(std::exception_ptr)> done);
+  // What runs without others of this rank between: collectives, and what belongs before, between and after them.
+  class Runner {
+   public:
+    void operator()(const Call& call) const;
 
-  // Whether this thread is inside a call of the communicator with this `turn()`: it may not wait for another one.
-  static bool inside(const void* turn);
-  const void* turn() const;
+   private:
+    friend class Communicator;
+    Runner(Impl& impl, bool in_caller) : impl_(impl), in_caller_(in_caller) {}
+    Impl& impl_;
+    const bool in_caller_;
+  };
+  using Turn = std::function<void(const Runner& run)>;
+
+  // Throws Error if no rank could make this call here; the communicator stays usable.
+  void check(const Call& call) const;
+  // Blocks until done. Whatever a turn throws ends the communicator; kUsage errors of this function do not.
+  void run(const Turn& turn);
+  void run(const Call& call);  // checked
+  // Returns at once. A thread of the communicator's runs the turn when it comes, and then calls `done`.
+  void enqueue(Turn turn, std::function<void(std::exception_ptr)> done);
+
+  // Whether this thread is inside a turn of the communicator with these `turns()`: it may not wait for another one.
+  static bool inside(const void* turns);
+  const void* turns() const;
 
   // Ends what is queued, tells the peers, gives everything back. Idempotent. Only tensors in the heap, while there are
   // any, keep the memory mapped.
@@ -88,7 +109,6 @@ class Communicator {
   void set_timeout(std::chrono::milliseconds timeout);
 
  private:
-  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -7,9 +7,11 @@
 
 #include "core/combine.h"
 #include "core/dtype.h"
-#include "core/record.h"
+#include "core/reduce_op.h"
 
 namespace pycoll::cpu {
+
+struct Call;  // cpu/communicator.h
 
 // The host-stepped executor: each verb is work for the rank's own GPU, which nothing there waits for. Slots and links
 // are those of the CPU, in memory that all GPUs reach.
@@ -25,8 +27,8 @@ class Mover {
 class Meeting {
  public:
   virtual ~Meeting() = default;
-  // On rank 0. `in_offset` and `out_offset` of the records [world] are the ranks' addresses.
-  virtual void run(const std::vector<CallRecord>& records) = 0;
+  // On rank 0. `calls` [world]: of the ranks, all the same but for their memory.
+  virtual void run(const std::vector<const Call*>& calls) = 0;
 };
 
 }  // namespace pycoll::cpu

@@ -6,7 +6,9 @@
 
 #include "core/combine.h"
 #include "cpu/elsewhere.h"
+#include "cpu/error.h"
 #include "cpu/kernels.h"
+#include "cpu/mismatch.h"
 #include "cpu/wait.h"
 
 namespace pycoll::cpu {
@@ -46,8 +48,15 @@ class Executor {
     if (mover_) return mover_->copy(dst, src, bytes);
     kernels_.copy(dst, src, bytes);
   }
+  void report_counts(int from, int to, uint64_t sent, uint64_t expected) const {
+    throw Error(ErrorKind::kMismatch, counts_text(from, to, sent, expected), from);
+  }
   const void** sources() { return const_cast<const void**>(pointers_.data()); }
   void** destinations() { return pointers_.data() + world_ + 1; }
+  uint64_t* units() {
+    units_.resize(world_);
+    return units_.data();
+  }
 
  private:
   Waiter waiter_;
@@ -57,6 +66,7 @@ class Executor {
   const Kernels& kernels_;
   void (*combine_)(const CombineArgs&);
   std::vector<void*> pointers_;
+  std::vector<uint64_t> units_;  // none until asked for
   const int world_;
 };
 

@@ -10,7 +10,7 @@ namespace pycoll::cpu {
 
 // What one instruction set offers. All instruction sets give the same bits.
 struct Kernels {
-  void (*combine[kDTypeCount][kReduceOpCount])(const CombineArgs&);  // any address, aligned or not
+  void (*combine[kDTypeCount][kReduceOpCount])(const CombineArgs&);  // any address, aligned or not; null: see kReduces
   void (*copy)(void* dst, const void* src, size_t bytes);            // the two do not overlap
   const char* isa;                                                   // "baseline", "avx2" or "avx512"
 };

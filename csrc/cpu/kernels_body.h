@@ -175,14 +175,17 @@ void combine(const CombineArgs& a) {
   }
 }
 
+template <class T, ReduceOp... Ops>
+constexpr void fill_row(Kernels& table, DType dtype) {
+  ((table.combine[static_cast<int>(dtype)][static_cast<int>(Ops)] = combine<T, Ops>), ...);
+}
+
 template <class T>
 constexpr void fill(Kernels& table, DType dtype) {
-  auto& row = table.combine[static_cast<int>(dtype)];
-  row[static_cast<int>(ReduceOp::kSum)] = combine<T, ReduceOp::kSum>;
-  row[static_cast<int>(ReduceOp::kAvg)] = combine<T, ReduceOp::kAvg>;
-  row[static_cast<int>(ReduceOp::kMin)] = combine<T, ReduceOp::kMin>;
-  row[static_cast<int>(ReduceOp::kMax)] = combine<T, ReduceOp::kMax>;
-  row[static_cast<int>(ReduceOp::kProduct)] = combine<T, ReduceOp::kProduct>;
+  fill_row<T, ReduceOp::kSum, ReduceOp::kAvg, ReduceOp::kMin, ReduceOp::kMax, ReduceOp::kProduct>(table, dtype);
+  if constexpr (std::is_integral_v<T>) {
+    fill_row<T, ReduceOp::kBand, ReduceOp::kBor, ReduceOp::kBxor>(table, dtype);
+  }
 }
 
 constexpr Kernels make_table() {

@@ -10,11 +10,11 @@ namespace {
 std::string describe(const CallRecord& r) {
   std::string text = name(r.collective);
   if (r.collective == Collective::kBarrier) return text + "()";
-  text += std::string("(") + name(r.dtype) + "[" + std::to_string(r.count) + "]";
-  if (r.collective == Collective::kAllReduce || r.collective == Collective::kReduceScatter)
-    text += std::string(", ") + name(r.op);
+  text += std::string("(") + name(r.dtype);
+  if (r.collective != Collective::kAllToAll) text += "[" + std::to_string(r.count) + "]";
+  if (reduces(r.collective)) text += std::string(", ") + name(r.op);
   if (r.collective == Collective::kAllReduce) text += std::string(", ") + name(r.algorithm);
-  if (r.collective == Collective::kBroadcast) text += ", root " + std::to_string(r.root);
+  if (has_root(r.collective)) text += ", root " + std::to_string(r.root);
   return text + ")";
 }
 
@@ -41,6 +41,11 @@ std::string mismatch_text(const std::vector<CallRecord>& records) {
     text += (ranks.size() > 8 ? ",... " : " ") + call;
   }
   return text + ". All ranks must make the same calls in the same order";
+}
+
+std::string counts_text(int from, int to, uint64_t sent, uint64_t expected) {
+  return "pycoll: all_to_all: rank " + std::to_string(from) + " sends " + std::to_string(sent) + " elements to rank " +
+         std::to_string(to) + ", which expects " + std::to_string(expected);
 }
 
 }  // namespace pycoll::cpu

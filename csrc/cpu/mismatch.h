@@ -8,6 +8,9 @@
 
 namespace pycoll::cpu {
 
-std::string mismatch_text(const std::vector<CallRecord>& records);  // [world], not all the same call
+// [world], not all the same call.
+std::string mismatch_text(const std::vector<CallRecord>& records);
+// An all-to-all in which `from` sends `to` other than that expects.
+std::string counts_text(int from, int to, uint64_t sent, uint64_t expected);
 
 }  // namespace pycoll::cpu

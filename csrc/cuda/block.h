@@ -6,16 +6,20 @@
 
 namespace pycoll::cuda_device {
 
-// For the rank `call.ranks[index]` on one channel. `records` [world] is shared by the threads of the block.
+// For the rank `call.ranks[index]` on one channel. `records` [world] is shared by the threads of the block. `counts`: null
+// but for an all-to-all.
 template <Family kOfKernel, class Exec>
-PYCOLL_HD void run_block(Exec& exec, const DeviceCall& call, int index, int channel, CallRecord* records) {
+PYCOLL_HD void run_block(Exec& exec, const DeviceCall& call, const DeviceCounts* counts, int index, int channel,
+                         CallRecord* records) {
   const DeviceRank& rank = call.ranks[index];
   const int world = rank.table.geometry.world;
   const bool all_here = call.ranks_here == world;
   // In one process a pointer serves all ranks: each tensor is "in the heap", at its distance from it.
   for (size_t r = exec.thread(); all_here && r < static_cast<size_t>(world); r += exec.size()) {
     const auto offset = [&](const void* p) {
-      return static_cast<uint64_t>(static_cast<const std::byte*>(p) - rank.table.heap(static_cast<int>(r)));
+      return p == nullptr
+                 ? kNotMapped
+                 : static_cast<uint64_t>(static_cast<const std::byte*>(p) - rank.table.heap(static_cast<int>(r)));
     };
     records[r] = call.record;
     records[r].in_offset = offset(call.in[r]);
@@ -28,7 +32,9 @@ PYCOLL_HD void run_block(Exec& exec, const DeviceCall& call, int index, int chan
                      size_of(mine.dtype),
                      rank.table.rank,
                      world,
-                     {}};
+                     {},
+                     counts ? counts->send[index] : nullptr,
+                     counts ? counts->recv[index] : nullptr};
   WindowState state = rank.windows[channel];  // every thread keeps its own copy
   const auto enter = [&](Window<Exec>& w) {
     return all_here ? w.barrier() : enter_comparing(exec, w, rank.table, channel, state, records, mine);

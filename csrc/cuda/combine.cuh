@@ -23,22 +23,11 @@ static __device__ __noinline__ uint64_t reduce_unit_of(const uint64_t* units, in
   return reduce_unit<T, Op>(units, count);
 }
 
-// f(TypeTag<T>{}, Reduce<Op>{}).
+// f(TypeTag<T>{}, the operation as a constant).
 template <class F>
 __device__ auto dispatch(DType dtype, ReduceOp op, const F& f) {
   return dispatch_dtype(dtype, [&](auto tag) {
-    switch (op) {
-      case ReduceOp::kSum:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kSum>{});
-      case ReduceOp::kAvg:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kAvg>{});
-      case ReduceOp::kMin:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kMin>{});
-      case ReduceOp::kMax:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kMax>{});
-      default:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kProduct>{});
-    }
+    return dispatch_op<typename decltype(tag)::type>(op, [&](auto op_constant) { return f(tag, op_constant); });
   });
 }
 

@@ -53,6 +53,16 @@ class BlockExecutor {
     store_release(rank_.report->outcome, uint32_t{kMismatched});
   }
 
+  __device__ __noinline__ void report_counts(int from, int to, uint64_t sent, uint64_t expected) {
+    failed_ = true;  // the group is told where it next meets
+    if (!is_first_to_fail()) return;
+    rank_.report->rank = from;
+    rank_.report->to = to;
+    rank_.report->sent = sent;
+    rank_.report->expected = expected;
+    store_release(rank_.report->outcome, uint32_t{kCountsDiffer});
+  }
+
   __device__ void combine(const CombineArgs& args) const {
     if (!failed_) cuda_device::combine({thread(), size()}, dtype_, op_, args);
   }

@@ -12,14 +12,16 @@ constexpr int kMaxRanks = 16;
 // and then the largest kernel spills two of them.
 constexpr int kThreads = 256;
 
-enum Outcome : uint32_t { kRunning, kAborted, kTimedOut, kMismatched, kLeft };
+enum Outcome : uint32_t { kRunning, kAborted, kTimedOut, kMismatched, kCountsDiffer, kLeft };
 
 // Written by the host (to abort) or by the first block that fails; in host memory that the device maps.
 struct Report {
   uint32_t outcome;
-  int32_t rank;                   // kTimedOut, kLeft: for whom a block waited
+  int32_t rank;                   // kTimedOut, kLeft: for whom a block waited. kCountsDiffer: who sends
   uint32_t left;                  // written by the host. Bit r: rank r has closed in order
   CallRecord records[kMaxRanks];  // kMismatched: what each rank calls
+  int32_t to;                     // kCountsDiffer, with what follows
+  uint64_t sent, expected;
 };
 
 // A rank whose blocks run on this GPU. Everything it points to is device memory, but for the report.
@@ -41,6 +43,12 @@ struct DeviceCall {
   const void* in[kMaxRanks];
   void* out[kMaxRanks];
   uint64_t timeout_ns;
+};
+
+// What an all-to-all has besides, for each of the ranks on this GPU: elements to and from each rank.
+struct DeviceCounts {
+  uint64_t send[kMaxRanks][kMaxRanks];
+  uint64_t recv[kMaxRanks][kMaxRanks];
 };
 
 // One verb of the host-stepped executor: CombineArgs by value.
@@ -65,7 +73,8 @@ int resident_blocks(int* blocks);
 
 // All blocks in one cooperative launch: they are on the GPU together, so that the spinning waits of ranks that share it
 // make progress. Fails, without launching, if they do not all fit.
-int launch_collective(const DeviceCall& call, void* stream);
+// `counts`: for an all-to-all.
+int launch_collective(const DeviceCall& call, const DeviceCounts* counts, void* stream);
 
 // Reads all sources and writes all destinations, with the whole GPU; waits for nobody.
 int launch_step(const StepCall& call, void* stream);

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <numeric>
 #include <thread>
 
 #include "algorithms/call.h"
@@ -46,10 +47,29 @@ int32_t value(int step, int rank, size_t i) {
   return static_cast<int32_t>((step * 31 + rank * 7 + static_cast<int>(i) * 3) % 1009);
 }
 
-// What rank `rank` must end up with.
+bool gathers(const Step& s) { return s.collective == Collective::kAllGather || s.collective == Collective::kGather; }
+bool scatters(const Step& s) {
+  return s.collective == Collective::kReduceScatter || s.collective == Collective::kScatter;
+}
+// What `from` sends `to` in an all-to-all of `count`.
+uint64_t count_between(size_t count, int from, int to) { return count * (from + 1) / (to + 1) % 1001; }
+
+// What rank `rank` must end up with; the last rank is the root.
 int32_t expected(const Step& s, int step, int world, int rank, size_t i) {
   if (s.collective == Collective::kBroadcast) return value(step, world - 1, i);
-  if (s.collective == Collective::kAllGather) return value(step, static_cast<int>(i / s.count), i % s.count);
+  if (s.collective == Collective::kScatter) return value(step, world - 1, i + rank * (s.count / world));
+  if (gathers(s)) return value(step, static_cast<int>(i / s.count), i % s.count);
+  if (s.collective == Collective::kAllToAll) {
+    for (int from = 0;; ++from) {
+      const uint64_t here = count_between(s.count, from, rank);
+      if (i >= here) {
+        i -= here;
+        continue;
+      }
+      for (int to = 0; to < rank; ++to) i += count_between(s.count, from, to);
+      return value(step, from, i);
+    }
+  }
   const size_t shift = s.collective == Collective::kReduceScatter ? rank * (s.count / world) : 0;
   int32_t sum = 0;
   for (int r = 0; r < world; ++r) sum += value(step, r, i + shift);
@@ -94,14 +114,26 @@ class Rank {
 
   void prepare(const Step& s, int step) {
     const int world = table_.geometry.world;
-    const size_t out = s.collective == Collective::kAllGather ? s.count * world : s.count;
+    InOut sizes = elements_of(s.collective, s.count, world);
+    send_.clear();
+    recv_.clear();
+    if (s.collective == Collective::kAllToAll) {
+      for (int r = 0; r < world; ++r) {
+        send_.push_back(count_between(s.count, table_.rank, r));
+        recv_.push_back(count_between(s.count, r, table_.rank));
+      }
+      sizes = {std::accumulate(send_.begin(), send_.end(), uint64_t{0}),
+               std::accumulate(recv_.begin(), recv_.end(), uint64_t{0})};
+    }
     in_heap_ = s.in_heap && (table_.rank + step) % 2 == 0;
-    private_.assign(std::max<size_t>(out, 1), -1);
+    out_count_ = sizes.out;
+    private_.assign(sizes.in + sizes.out + 1, -1);
     in_ = in_heap_ ? reinterpret_cast<int32_t*>(table_.heap(table_.rank)) : private_.data();
-    const bool block = s.collective == Collective::kAllGather;  // in place: the input is the own block of the output
-    out_ = in_;
-    if (block) in_ += table_.rank * s.count;
-    for (size_t i = 0; i < s.count; ++i) in_[i] = value(step, table_.rank, i);
+    out_ = in_;  // in place, or where one is a block of the other: the own one
+    if (gathers(s)) in_ += table_.rank * s.count;
+    if (scatters(s)) out_ += table_.rank * sizes.out;
+    if (s.collective == Collective::kAllToAll) out_ += sizes.in;
+    for (size_t i = 0; i < sizes.in; ++i) in_[i] = value(step, table_.rank, i);
   }
 
   CallRecord record(const Step& s, int step) const {
@@ -110,7 +142,7 @@ class Rank {
                       : kNotMapped;
     };
     return {static_cast<uint64_t>(step),
-            s.count,
+            s.collective == Collective::kAllToAll ? 0 : s.count,
             offset(in_),
             offset(out_),
             table_.geometry.world - 1,
@@ -128,8 +160,9 @@ class Rank {
                  sizeof(int32_t),
                  table_.rank,
                  table_.geometry.world,
-                 {}};
-    if (s.collective == Collective::kReduceScatter) op.out += table_.rank * (s.count / op.world) * sizeof(int32_t);
+                 {},
+                 send_.empty() ? nullptr : send_.data(),
+                 recv_.empty() ? nullptr : recv_.data()};
     const auto enter = [&](Window<Exec>& w) {
       return enter_comparing(exec, w, table_, channel, state, records_.data(), mine);
     };
@@ -141,15 +174,10 @@ class Rank {
 
   void verify(const Step& s, int step) const {
     const int world = table_.geometry.world;
-    size_t count = s.count;
-    const int32_t* out = out_;
-    if (s.collective == Collective::kAllGather) count *= world;
-    if (s.collective == Collective::kReduceScatter) {
-      count /= world;
-      out += table_.rank * count;
-    }
+    const bool for_root = s.collective == Collective::kGather || s.collective == Collective::kReduce;
+    if (for_root && table_.rank != world - 1) return;
     size_t wrong = 0;
-    for (size_t i = 0; i < count; ++i) wrong += out[i] != expected(s, step, world, table_.rank, i);
+    for (size_t i = 0; i < out_count_; ++i) wrong += out_[i] != expected(s, step, world, table_.rank, i);
     CHECK_EQ(wrong, size_t{0});
   }
 
@@ -160,6 +188,8 @@ class Rank {
   std::deque<ChannelLinks> links_;
   bool in_heap_ = false;
   std::vector<int32_t> private_;
+  std::vector<uint64_t> send_, recv_;  // of an all-to-all
+  size_t out_count_ = 0;
   int32_t *in_ = nullptr, *out_ = nullptr;
 };
 
@@ -171,9 +201,13 @@ std::vector<Step> all_steps(int world) {
                                 Algorithm::kRing, Algorithm::kTwoShotLl, Algorithm::kTree, Algorithm::kMultimem}) {
         steps.push_back({Collective::kAllReduce, a, count, in_heap});
       }
-      steps.push_back({Collective::kBroadcast, Algorithm::kDirect, count, in_heap});
-      steps.push_back({Collective::kAllGather, Algorithm::kDirect, count, in_heap});
-      steps.push_back({Collective::kReduceScatter, Algorithm::kDirect, count * world, in_heap});
+      for (const Collective c : {Collective::kBroadcast, Collective::kReduce, Collective::kAllGather,
+                                 Collective::kGather, Collective::kAllToAll}) {
+        steps.push_back({c, Algorithm::kDirect, count, in_heap});
+      }
+      for (const Collective c : {Collective::kReduceScatter, Collective::kScatter}) {
+        steps.push_back({c, Algorithm::kDirect, count * world, in_heap});
+      }
     }
   }
   return steps;

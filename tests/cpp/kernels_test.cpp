@@ -53,6 +53,7 @@ void check_floats(const Kernels& k, DType dtype) {
     return static_cast<double>(widen(reduced<T>(k, dtype, op, {narrow<T>(a), narrow<T>(b)})));
   };
   for (int op = 0; op < kReduceOpCount; ++op) {
+    if (of_bits(static_cast<ReduceOp>(op))) continue;
     for (const float other : {0.0f, -1.0f, kInfinity, -kInfinity, kNaN}) {
       CHECK(std::isnan(reduce(static_cast<ReduceOp>(op), kNaN, other)));
       CHECK(std::isnan(reduce(static_cast<ReduceOp>(op), other, kNaN)));

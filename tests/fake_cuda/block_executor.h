@@ -21,18 +21,7 @@ struct OneThread {
 template <class F>
 auto dispatch_any(DType dtype, ReduceOp op, const F& f) {
   return dispatch_dtype(dtype, [&](auto tag) {
-    switch (op) {
-      case ReduceOp::kSum:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kSum>{});
-      case ReduceOp::kAvg:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kAvg>{});
-      case ReduceOp::kMin:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kMin>{});
-      case ReduceOp::kMax:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kMax>{});
-      default:
-        return f(tag, std::integral_constant<ReduceOp, ReduceOp::kProduct>{});
-    }
+    return dispatch_op<typename decltype(tag)::type>(op, [&](auto o) { return f(tag, o); });
   });
 }
 
@@ -95,6 +84,16 @@ class HostBlockExecutor {
       rank_.report->records[r] = table.barrier_cell(r, channel, epoch).record;
     }
     store_release(rank_.report->outcome, uint32_t{kMismatched});
+  }
+
+  void report_counts(int from, int to, uint64_t sent, uint64_t expected) {
+    failed_ = true;  // the group is told where it next meets
+    if (!is_first_to_fail()) return;
+    rank_.report->rank = from;
+    rank_.report->to = to;
+    rank_.report->sent = sent;
+    rank_.report->expected = expected;
+    store_release(rank_.report->outcome, uint32_t{kCountsDiffer});
   }
 
   void combine(const CombineArgs& args) const {

@@ -17,7 +17,7 @@ using namespace pycoll::cuda_device;
 constexpr int kBlockThreads = 2;
 
 template <Family kOfKernel>
-void run_collective(const DeviceCall& call, dim3 grid) {
+void run_collective(const DeviceCall& call, const DeviceCounts* counts, dim3 grid) {
   struct Block {
     HostBlock group{kBlockThreads};
     CallRecord records[kMaxRanks];
@@ -30,7 +30,7 @@ void run_collective(const DeviceCall& call, dim3 grid) {
         const int index = static_cast<int>(b / grid.x), channel = static_cast<int>(b % grid.x);
         HostBlockExecutor exec(blocks[b].group, t, call.record.dtype, call.record.op, call.ranks[index],
                                call.timeout_ns);
-        run_block<kOfKernel>(exec, call, index, channel, blocks[b].records);
+        run_block<kOfKernel>(exec, call, counts, index, channel, blocks[b].records);
       });
     }
   }
@@ -43,12 +43,13 @@ void run_step(const StepCall& call) {
       {call.dst, call.dst_count, call.src, call.src_count, call.wire_sources, call.final, call.world, call.count});
 }
 
-enum class Kernel { kNone, kPrepare, kStep, kWindows, kChannels, kWords };
+enum class Kernel { kNone, kPrepare, kStep, kWindows, kChannels, kWords, kExchange };
 
 Kernel kernel_of(const char* name) {
   if (std::strstr(name, "11cuda_device") == nullptr) return Kernel::kNone;
   if (std::strstr(name, "prepare_kernel")) return Kernel::kPrepare;
   if (std::strstr(name, "step_kernel")) return Kernel::kStep;
+  if (std::strstr(name, "exchange_kernel")) return Kernel::kExchange;
   const char* family = std::strstr(name, "collective_kernel") ? std::strstr(name, "FamilyE") : nullptr;
   if (family == nullptr) return Kernel::kNone;
   constexpr Kernel kOf[] = {Kernel::kWindows, Kernel::kChannels, Kernel::kWords};
@@ -72,13 +73,17 @@ int fake_cuda_run_kernel(const char* name, dim3 grid, dim3, void** args, size_t)
       run_step(*static_cast<const StepCall*>(args[0]));
       return 0;
     case Kernel::kWindows:
-      run_collective<Family::kWindow>(*static_cast<const DeviceCall*>(args[0]), grid);
+      run_collective<Family::kWindow>(*static_cast<const DeviceCall*>(args[0]), nullptr, grid);
       return 0;
     case Kernel::kChannels:
-      run_collective<Family::kChannel>(*static_cast<const DeviceCall*>(args[0]), grid);
+      run_collective<Family::kChannel>(*static_cast<const DeviceCall*>(args[0]), nullptr, grid);
       return 0;
     case Kernel::kWords:
-      run_collective<Family::kWords>(*static_cast<const DeviceCall*>(args[0]), grid);
+      run_collective<Family::kWords>(*static_cast<const DeviceCall*>(args[0]), nullptr, grid);
+      return 0;
+    case Kernel::kExchange:
+      run_collective<Family::kExchange>(*static_cast<const DeviceCall*>(args[0]),
+                                        static_cast<const DeviceCounts*>(args[1]), grid);
       return 0;
     case Kernel::kNone:
       break;
@@ -94,6 +99,8 @@ size_t fake_cuda_argument_bytes(const char* name, int index) {
       return index == 0 ? sizeof(void*) : index == 1 ? sizeof(int) : 0;
     case Kernel::kStep:
       return index == 0 ? sizeof(StepCall) : 0;
+    case Kernel::kExchange:
+      return index == 0 ? sizeof(DeviceCall) : index == 1 ? sizeof(DeviceCounts) : 0;
     default:
       return index == 0 ? sizeof(DeviceCall) : 0;
   }

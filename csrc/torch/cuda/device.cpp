@@ -153,24 +153,15 @@ class Met : public Device, private cpu::Meeting {
 
  private:
   // The other ranks wait.
-  void run(const std::vector<CallRecord>& records) override {
+  void run(const std::vector<const cpu::Call*>& calls) override {
     const c10::cuda::CUDAGuard on(device_);
     const c10::cuda::CUDAStreamGuard on_stream(stream_);
-    std::vector<const void*> in;
-    std::vector<void*> out;
-    for (int r = 0; r < host_.world(); ++r) {
-      in.push_back(reinterpret_cast<const void*>(records[r].in_offset));
-      out.push_back(reinterpret_cast<void*>(records[r].out_offset));
+    for (const at::cuda::CUDAStream& stream : streams_) {
       at::cuda::CUDAEvent here;
-      here.record(streams_[r]);
+      here.record(stream);
       here.block(stream_);
     }
-    const CallRecord& mine = records[0];
-    cpu::Call call{.collective = mine.collective, .dtype = mine.dtype, .op = mine.op, .root = mine.root};
-    if (mine.collective == Collective::kAllReduce && mine.algorithm != Algorithm::kDirect)
-      call.algorithm = mine.algorithm;
-    call.count = mine.count;
-    group_->launch(call, in, out);
+    group_->launch(calls);
     at::cuda::CUDAEvent done;
     done.record(stream_);
     for (const at::cuda::CUDAStream& stream : streams_) done.block(stream);

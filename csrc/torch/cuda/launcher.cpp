@@ -37,11 +37,13 @@ Geometry device_geometry(const cpu::Config& config, int world, int channels) {
 }
 
 Choice choose(const cpu::Config& config, const cpu::Call& call, int world, int channels, bool multicast) {
-  const size_t bytes = call.count * size_of(call.dtype) * (call.collective == Collective::kAllGather ? world : 1);
+  const InOut elements = elements_of(call.collective, call.count, world);
+  const size_t bytes = std::max(elements.in, elements.out) * size_of(call.dtype);
   const auto lanes = [&](size_t bytes_a_channel) {
     return static_cast<int>(std::clamp<size_t>(bytes / bytes_a_channel, 1, channels));
   };
   const Choice direct{Algorithm::kDirect, lanes(config.channel_min_bytes)};
+  if (call.collective == Collective::kAllToAll) return {Algorithm::kDirect, channels};  // ranks know no size in common
   if (call.collective != Collective::kAllReduce) return direct;
   if (world == 1) return {Algorithm::kOneShot, direct.channels};
   const bool words = config.word_bytes > 0;
@@ -72,7 +74,7 @@ struct Launcher::HostReport {
   HostReport() {
     check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&report), sizeof(Report), cudaHostAllocMapped),
                "allocating a report");
-    *report = {cuda_device::kRunning, -1, 0, {}};
+    *report = {.outcome = cuda_device::kRunning, .rank = -1};
   }
   ~HostReport() { (void)cudaFreeHost(report); }
   HostReport(const HostReport&) = delete;
@@ -118,7 +120,7 @@ Launcher::~Launcher() {
   }
 }
 
-void Launcher::launch(cuda_device::DeviceCall call) {
+void Launcher::launch(cuda_device::DeviceCall call, const cuda_device::DeviceCounts* counts) {
   const std::lock_guard one_at_a_time(lock_);
   const c10::cuda::CUDAGuard on(device_);
   const at::cuda::CUDAStream stream = at::cuda::getCurrentCUDAStream();
@@ -126,7 +128,7 @@ void Launcher::launch(cuda_device::DeviceCall call) {
   call.ranks_here = here_;
   const bool captured = is_capturing(stream.stream());
   if (!captured) last_.block(stream);
-  check_cuda(cuda_device::launch_collective(call, stream.stream()),
+  check_cuda(cuda_device::launch_collective(call, counts, stream.stream()),
              std::string("launching ") + name(call.record.collective));
   if (!captured) last_.record(stream);
 }
@@ -150,6 +152,9 @@ std::exception_ptr Launcher::failure() const {
                                            "pycoll: a kernel waited too long for rank " + std::to_string(report.rank) +
                                                ". Did it make this call? Raise `timeout` if it is slow",
                                            report.rank));
+    case cuda_device::kCountsDiffer:
+      return std::make_exception_ptr(
+          Error(ErrorKind::kMismatch, cpu::counts_text(report.rank, report.to, report.sent, report.expected)));
     case cuda_device::kLeft:
       return std::make_exception_ptr(
           Error(ErrorKind::kPeerLost,

@@ -39,7 +39,7 @@ class Launcher {
 
   // On the current stream; after the call before, whatever stream that was on (but for what a graph holds). `call.ranks`
   // and `call.ranks_here` are set here.
-  void launch(cuda_device::DeviceCall call);
+  void launch(cuda_device::DeviceCall call, const cuda_device::DeviceCounts* counts);
 
   void wait();  // for the last call
   void set_ranks_that_left(uint32_t ranks);

@@ -38,7 +38,8 @@ LocalGroup::LocalGroup(int world, at::Device device, const cpu::Config& config, 
   launcher_ = std::make_unique<Launcher>(device_, geometry, bases, all, /*multicast=*/nullptr);
 }
 
-void LocalGroup::launch(const cpu::Call& call, const std::vector<const void*>& in, const std::vector<void*>& out) {
+void LocalGroup::launch(const std::vector<const cpu::Call*>& calls) {
+  const cpu::Call& call = *calls[0];
   if (const std::exception_ptr failed = failure()) std::rethrow_exception(failed);
   const Choice choice = choose(config_, call, world_, channels_, /*multicast=*/false);
   cuda_device::DeviceCall d{};
@@ -49,10 +50,16 @@ void LocalGroup::launch(const cpu::Call& call, const std::vector<const void*>& i
   d.record.dtype = call.dtype;
   d.record.op = call.op;
   d.record.algorithm = choice.algorithm;
-  std::copy(in.begin(), in.end(), d.in);
-  std::copy(out.begin(), out.end(), d.out);
   d.timeout_ns = static_cast<uint64_t>(timeout_.count()) * 1000000;
-  launcher_->launch(d);
+  cuda_device::DeviceCounts counts{};
+  for (int r = 0; r < world_; ++r) {
+    d.in[r] = calls[r]->in;
+    d.out[r] = calls[r]->out;
+    if (!call.send_counts) continue;
+    std::copy_n(calls[r]->send_counts, world_, counts.send[r]);
+    std::copy_n(calls[r]->recv_counts, world_, counts.recv[r]);
+  }
+  launcher_->launch(d, call.send_counts ? &counts : nullptr);
 }
 
 namespace {
@@ -112,18 +119,19 @@ class PyLocalGroup {
     const c10::cuda::CUDAGuard on(group_.device());
     const bool in_place = &tensors == &results;
     std::vector<Dense> from, to;
-    std::vector<const void*> in;
-    std::vector<void*> out;
+    std::vector<cpu::Call> calls(group_.world(), call);
+    std::vector<const cpu::Call*> of_ranks;
     for (int r = 0; r < group_.world(); ++r) {
       to.emplace_back(results[r]);
       from.push_back(in_place ? to.back() : Dense(tensors[r]));
       check_overlap(from.back().memory(), to.back().memory(), r, name(call.collective));
-      in.push_back(from.back().memory().const_data_ptr());
-      out.push_back(to.back().memory().mutable_data_ptr());
+      calls[r].in = from.back().memory().const_data_ptr();
+      calls[r].out = to.back().memory().mutable_data_ptr();
+      of_ranks.push_back(&calls[r]);
     }
     check_apart(to, name(call.collective));
     for (const Dense& d : from) d.load();
-    group_.launch(call, in, out);
+    group_.launch(of_ranks);
     for (const Dense& d : to) {
       d.store();
       if (!d.tensor().is_inference()) d.tensor().unsafeGetTensorImpl()->bump_version();

@@ -9,8 +9,9 @@ class LocalGroup {
  public:
   LocalGroup(int world, at::Device device, const cpu::Config& config, std::chrono::milliseconds timeout);
 
-  // On the current stream. `in` and `out` [world]: dense memory of the ranks; any that the GPU reaches will do.
-  void launch(const cpu::Call& call, const std::vector<const void*>& in, const std::vector<void*>& out);
+  // On the current stream. `calls` [world]: of the ranks, all the same but for their memory; any that the GPU reaches
+  // will do.
+  void launch(const std::vector<const cpu::Call*>& calls);
 
   void abort() { launcher_->abort(); }
   std::exception_ptr failure() const { return launcher_->failure(); }

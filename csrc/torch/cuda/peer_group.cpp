@@ -202,16 +202,14 @@ void PeerGroup::launch(const cpu::Call& call) {
 
 void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
   if (!is_capturing(at::cuda::getCurrentCUDAStream().stream())) take_in_peers_memory();
-  const size_t bytes = call.count * size_of(call.dtype);
-  size_t out_bytes = bytes;
-  if (call.collective == Collective::kAllGather) out_bytes = bytes * host_.world();
-  if (call.collective == Collective::kReduceScatter) out_bytes = bytes / host_.world();
+  const size_t element = size_of(call.dtype);
+  const InOut elements = elements_of(call, host_.world());
   cuda_device::DeviceCall d{};
   d.channels = choice.channels;
   d.record = {.sequence = 0,  // of a graph's calls nobody knows it
               .count = call.count,
-              .in_offset = mapped_offset(call.in, bytes),
-              .out_offset = mapped_offset(call.out, out_bytes),
+              .in_offset = mapped_offset(call.in, elements.in * element),
+              .out_offset = mapped_offset(call.out, elements.out * element),
               .root = call.root,
               .collective = call.collective,
               .dtype = call.dtype,
@@ -221,7 +219,12 @@ void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
   d.in[0] = call.in;
   d.out[0] = call.out;
   d.timeout_ns = static_cast<uint64_t>(host_.timeout().count()) * 1000000;
-  launcher_->launch(d);
+  cuda_device::DeviceCounts counts{};
+  if (call.send_counts) {
+    std::copy_n(call.send_counts, host_.world(), counts.send[0]);
+    std::copy_n(call.recv_counts, host_.world(), counts.recv[0]);
+  }
+  launcher_->launch(d, call.send_counts ? &counts : nullptr);
 }
 
 // Where memory lies in the heap, if all peers have mapped it by now.
