@@ -117,6 +117,7 @@ torch_version = pycoll_torch.installed_torch()
 benchmarks = [f"pycoll.{name}" for name in find_packages(include=["benchmarks", "benchmarks.*"])]
 setup(
     packages=find_packages(include=["pycoll", "pycoll.*"]) + benchmarks,
+    py_modules=["pycoll_autoload"],
     package_dir={"pycoll": "pycoll", "pycoll.benchmarks": "benchmarks"},
     install_requires=[pycoll_torch.requirement(torch_version), *LIBRARIES],
     **(build_steps() if torch_version else {}),

@@ -7,7 +7,7 @@ from pycoll import _build
 
 _build.check()
 
-from pycoll import backend  # noqa: E402 - the check comes first
+import pycoll_autoload  # noqa: E402 - the check comes first
 from pycoll.communicator import Communicator  # noqa: E402
 from pycoll.errors import (  # noqa: E402
     Error,
@@ -22,7 +22,7 @@ from pycoll.local_group import LocalGroup  # noqa: E402
 from pycoll.tuning import Config  # noqa: E402
 from pycoll.version import __version__  # noqa: E402
 
-backend.register()
+pycoll_autoload.register()
 
 __all__ = [
     "Communicator",

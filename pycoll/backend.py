@@ -1,26 +1,18 @@
-"""Registers pycoll with torch.distributed: `init_process_group("pycoll")`."""
+"""The torch.distributed backend: `init_process_group("pycoll")`. pycoll_autoload.py makes torch know of it."""
 
 import atexit
 from typing import Any
 
-import torch.distributed as dist
-
 from pycoll import _C
-from pycoll.communicator import native_config
-from pycoll.tuning import CUDA, Config
+from pycoll.tuning import CUDA, Config, native_config
+
+atexit.register(_C.close_backends)
 
 
-def _create(options: Any, _backend_options: Any) -> Any:
-    """Called by torch for each group, on each of its ranks."""
+def create(options: Any, _backend_options: Any) -> Any:
+    """The backend of one group, as this rank: c10d's `DistributedBackendOptions` in, a `c10d::Backend` out."""
     config = native_config(Config(heap_bytes=0), options.group_size)
     on_gpus = native_config(CUDA, options.group_size)
     return _C.Backend(
         options.store, options.group_rank, options.group_size, config, on_gpus, options.timeout.total_seconds()
     )
-
-
-def register() -> None:
-    """Makes "pycoll" a backend for CPU and CUDA tensors. Importing pycoll does it."""
-    if dist.is_available() and not hasattr(dist.Backend, "PYCOLL"):
-        dist.Backend.register_backend("pycoll", _create, extended_api=True, devices=["cpu", "cuda"])
-        atexit.register(_C.close_backends)

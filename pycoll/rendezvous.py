@@ -21,6 +21,18 @@ _LAUNCHERS = (  # variables that hold rank, world size and (parts of) a name of 
 )
 
 
+LONGEST = 1e9
+"""Seconds that stand for ever: what clocks and torch's stores can still add up."""
+
+
+def seconds(timeout: float | timedelta) -> float:
+    """A time-out in seconds, at most LONGEST. Raises UsageError unless it is positive."""
+    value = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    if not value > 0:
+        raise UsageError(f"pycoll: the timeout must be positive, in seconds, not {timeout}")
+    return min(value, LONGEST)
+
+
 def store_from_env(timeout: float) -> tuple[dist.Store, int, int]:
     """Store, rank and world size, as the launcher's variables say; `timeout` in seconds.
 

@@ -5,6 +5,9 @@ The figures were found with `pycoll bench all-reduce`; `auto` looks only at what
 
 from dataclasses import dataclass
 
+from pycoll import _C
+from pycoll.errors import UsageError
+
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
 
@@ -61,3 +64,31 @@ CUDA = Config(
     one_shot_ll_max_bytes=32 * KiB,
     two_shot_ll_max_bytes=256 * KiB,
 )
+
+
+def native_config(config: Config, world_size: int) -> _C.Config:
+    """`config` with everything decided, for the extension."""
+    native = _C.Config()
+    heap = config.heap_bytes
+    if heap is None:
+        heap = min(_C.physical_memory(), 64 * GiB, 1024 * GiB // world_size)
+    one_shot = config.one_shot_max_bytes
+    if one_shot is None:
+        one_shot = one_shot_max_bytes(world_size)
+    native.channels = _checked("channels", config.channels, 0, 64)
+    native.slot_bytes = _checked("slot_bytes", config.slot_bytes, 64, GiB)
+    native.link_bytes = _checked("link_bytes", config.link_bytes, 64, GiB)
+    native.link_slots = _checked("link_slots", config.link_slots, 2, 64)
+    native.heap_bytes = _checked("heap_bytes", heap, 0, 1 << 46)
+    native.one_shot_max_bytes = _checked("one_shot_max_bytes", one_shot, 0, 1 << 46)
+    native.channel_min_bytes = _checked("channel_min_bytes", config.channel_min_bytes, 1, 1 << 46)
+    native.word_bytes = _checked("word_bytes", config.word_bytes, 0, GiB)
+    native.one_shot_ll_max_bytes = _checked("one_shot_ll_max_bytes", config.one_shot_ll_max_bytes, 0, 1 << 46)
+    native.two_shot_ll_max_bytes = _checked("two_shot_ll_max_bytes", config.two_shot_ll_max_bytes, 0, 1 << 46)
+    return native
+
+
+def _checked(name: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise UsageError(f"pycoll: Config.{name} must be between {low} and {high}, not {value}")
+    return value

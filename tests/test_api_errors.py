@@ -51,7 +51,11 @@ CASES: dict[str, tuple[Callable[[Communicator], Any], type[pycoll.Error], str]] 
         pycoll.UnsupportedError,
         "resolve_conj",
     ),
-    "bool": (lambda c: c.all_reduce(ones(4).bool()), pycoll.UnsupportedError, "cannot reduce Bool.*convert"),
+    "complex": (
+        lambda c: c.all_reduce(ones(4).cfloat()),
+        pycoll.UnsupportedError,
+        "cannot reduce ComplexFloat.*convert",
+    ),
     "complex": (
         lambda c: c.all_reduce(ones(4, dtype=torch.complex64)),
         pycoll.UnsupportedError,
@@ -59,7 +63,11 @@ CASES: dict[str, tuple[Callable[[Communicator], Any], type[pycoll.Error], str]] 
     ),
     "float8": (lambda c: c.all_reduce(ones(4).to(torch.float8_e5m2)), pycoll.UnsupportedError, "cannot reduce Float8"),
     "uint16": (lambda c: c.all_reduce(ones(4).to(torch.uint16)), pycoll.UnsupportedError, "cannot reduce UInt16"),
-    "bool, scatter": (lambda c: c.reduce_scatter(ones(4).bool()), pycoll.UnsupportedError, "cannot reduce Bool"),
+    "complex, scatter": (
+        lambda c: c.reduce_scatter(ones(4).cfloat()),
+        pycoll.UnsupportedError,
+        "cannot reduce Complex",
+    ),
     "a list": (lambda c: c.all_reduce([1.0, 2.0]), pycoll.UnsupportedError, "NumPy and CuPy arrays, not list"),
     "a NumPy scalar": (lambda c: c.all_reduce(np.float32(1)), pycoll.UnsupportedError, "CuPy arrays, not float32"),
     "none": (lambda c: c.broadcast(None), pycoll.UnsupportedError, "not NoneType"),

@@ -118,7 +118,7 @@ class Attach {
     return Error(ErrorKind::kTimeout,
                  "pycoll: " + list(ranks) + " of " + std::to_string(world_) +
                      " did not join in time. Were all ranks started, with the same world size and store, and do all "
-                     "create this communicator? Raise `timeout` if they are slow",
+                     "create this communicator? Raise the timeout if they are slow",
                  ranks.front());
   }
 

@@ -157,6 +157,7 @@ struct Communicator::Impl {
                        {},
                        call.send_counts,
                        call.recv_counts};
+    const auto timeout = call.timeout.count() > 0 ? call.timeout : watch.timeout();
     // Alone, or where the CPU moves nothing, one does it all.
     const int channels = world() == 1 || call.mover || call.meeting ? 1 : channels_for(mine);
     // The entry: on channel 0, with the record; the other channels start when it has passed.
@@ -164,17 +165,18 @@ struct Communicator::Impl {
       table.barrier_cell(rank(), 0, windows[0].epoch + 1).record = mine;
       w.barrier();
       compare_records(mine);
-      if (channels > 1) lanes.start(channels, [=, this](int c) { run_lane(c, channels, mine, op); });
+      if (channels > 1) lanes.start(channels, [=, this](int c) { run_lane(c, channels, mine, op, timeout); });
       return true;
     };
-    Executor exec = executor(mine, in_caller, call.mover);
+    Executor exec = executor(mine, timeout, in_caller, call.mover);
     if (call.meeting) return meet(exec, op, mine, *call.meeting, enter);
     run_channel(exec, op, 0, channels, mine, enter);
   }
 
-  void run_lane(int channel, int channels, const CallRecord& mine, const Operation& op) {
+  void run_lane(int channel, int channels, const CallRecord& mine, const Operation& op,
+                std::chrono::milliseconds timeout) {
     const std::exception_ptr failure = guarded([&] {
-      Executor exec = executor(mine, /*in_caller=*/false, /*mover=*/nullptr);
+      Executor exec = executor(mine, timeout, /*in_caller=*/false, /*mover=*/nullptr);
       const auto enter = [](Window<Executor>& w) { return w.barrier(); };
       run_channel(exec, op, channel, channels, mine, enter);
     });
@@ -213,8 +215,8 @@ struct Communicator::Impl {
     w.barrier();
   }
 
-  Executor executor(const CallRecord& mine, bool in_caller, Mover* mover) const {
-    return Executor(Waiter(watch, spins, in_caller), mine.dtype, mine.op, world(), mover);
+  Executor executor(const CallRecord& mine, std::chrono::milliseconds timeout, bool in_caller, Mover* mover) const {
+    return Executor(Waiter(watch, timeout, spins, in_caller), mine.dtype, mine.op, world(), mover);
   }
 
   int channels_for(const CallRecord& r) const {

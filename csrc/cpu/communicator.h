@@ -32,6 +32,7 @@ struct Call {
   // All-to-all, instead of `count`: elements to and from each rank [world]. They outlive the call.
   const uint64_t* send_counts = nullptr;
   const uint64_t* recv_counts = nullptr;
+  std::chrono::milliseconds timeout{0};  // the longest it waits for other ranks; 0: the communicator's
   // Memory that the CPU does not move (cpu/elsewhere.h): at most one of the two. They outlive the call.
   Mover* mover = nullptr;
   Meeting* meeting = nullptr;

@@ -55,7 +55,8 @@ void Watch::throw_if_any_rank_is_lost() const {
 
 void Watch::waits_for(int peer) const { store_release(a_.control(a_.rank).waits_for, static_cast<uint32_t>(peer + 1)); }
 
-void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline) const {
+void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline,
+                 std::chrono::milliseconds timeout) const {
   const bool late = Clock::now() > deadline;
   for (int r = 0; r < a_.geometry.world; ++r) {
     if (load_acquire(a_.control(r).failed) == 0) continue;
@@ -64,7 +65,7 @@ void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline) c
   }
   for (const Awaited& awaited : missing) look_at(awaited);
   for (const Awaited& awaited : missing) {
-    if (late && !awaited.here()) throw_late(awaited.peer);
+    if (late && !awaited.here()) throw_late(awaited.peer, timeout);
   }
 }
 
@@ -87,7 +88,7 @@ void Watch::throw_dead(int peer) {
   throw Error(ErrorKind::kPeerLost, "pycoll: rank " + std::to_string(peer) + " is lost: its process has died", peer);
 }
 
-void Watch::throw_late(int peer) const {
+void Watch::throw_late(int peer, std::chrono::milliseconds timeout) const {
   int culprit = peer;  // who may itself be waiting for another, and so on: the last of the chain holds up all
   for (int i = 0; i < a_.geometry.world; ++i) {
     const uint32_t next = load_acquire(a_.control(culprit).waits_for);
@@ -95,9 +96,9 @@ void Watch::throw_late(int peer) const {
     culprit = static_cast<int>(next) - 1;
   }
   throw Error(ErrorKind::kTimeout,
-              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout().count()) +
+              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout.count()) +
                   " ms for rank " + std::to_string(culprit) +
-                  ", which is alive but did not come. Did it make this call? Raise `timeout` if it is slow",
+                  ", which is alive but did not come. Did it make this call? Raise the timeout if it is slow",
               culprit);
 }
 
@@ -127,14 +128,14 @@ void Waiter::await_barrier_slowly(const PeerTable& table, int channel, uint64_t 
 }
 
 void Waiter::await_slowly(std::span<const Awaited> missing) {
-  if (deadline_ == Clock::time_point{}) deadline_ = Clock::now() + watch_.timeout();
+  if (deadline_ == Clock::time_point{}) deadline_ = Clock::now() + timeout_;
   for (; !missing.empty(); missing = missing.subspan(1)) {
     if (!yield_until_here(missing[0])) sleep_until_here(missing);
   }
 }
 
 void Waiter::await_moves(Mover& mover) {
-  if (deadline_ == Clock::time_point{}) deadline_ = Clock::now() + watch_.timeout();
+  if (deadline_ == Clock::time_point{}) deadline_ = Clock::now() + timeout_;
   const auto begin = Clock::now();
   for (auto looked = begin; !mover.done();) {
     const auto now = Clock::now();
@@ -146,7 +147,7 @@ void Waiter::await_moves(Mover& mover) {
     if (now > deadline_) {
       throw Error(ErrorKind::kTimeout,
                   "pycoll: what comes before the collective on this rank's GPU did not end within " +
-                      std::to_string(watch_.timeout().count()) + " ms. Raise `timeout` if it takes that long");
+                      std::to_string(timeout_.count()) + " ms. Raise the timeout if it takes that long");
     }
   }
 }
@@ -173,7 +174,7 @@ void Waiter::sleep_until_here(std::span<const Awaited> missing) const {
     if (seen < awaited.value) futex_wait(awaited.cell->value, static_cast<uint32_t>(seen), nap);
     fetch_add_seq_cst(sleepers, ~uint32_t{0});
     if (awaited.here()) break;
-    watch_.look(missing, deadline_);
+    watch_.look(missing, deadline_, timeout_);
     if (interruptible_) check_interrupt();
   }
   watch_.waits_for(-1);

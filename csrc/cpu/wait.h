@@ -35,9 +35,9 @@ class Watch {
  public:
   Watch(const Attachment& attachment, std::chrono::milliseconds timeout) : a_(attachment), timeout_(timeout) {}
 
-  // Raises if a rank has failed, if one that is waited for is dead or has left, or if the deadline is over; unless all
-  // is here by now.
-  void look(std::span<const Awaited> missing, Clock::time_point deadline) const;
+  // Raises if a rank has failed, if one that is waited for is dead or has left, or if the deadline, after `timeout`, is
+  // over; unless all is here by now.
+  void look(std::span<const Awaited> missing, Clock::time_point deadline, std::chrono::milliseconds timeout) const;
 
   // Raises if any rank has failed or is dead; a rank that has left is not missed.
   void throw_if_any_rank_is_lost() const;
@@ -57,7 +57,7 @@ class Watch {
  private:
   void throw_failure_of(int rank) const;
   void look_at(const Awaited& awaited) const;
-  [[noreturn]] void throw_late(int peer) const;
+  [[noreturn]] void throw_late(int peer, std::chrono::milliseconds timeout) const;
   [[noreturn]] static void throw_dead(int peer);
 
   const Attachment& a_;
@@ -73,8 +73,8 @@ void check_interrupt();
 class Waiter {
  public:
   // `spins`: looks at a cell, with a pause of the pipeline between, before the core is offered to other threads.
-  Waiter(const Watch& watch, int spins, bool interruptible)
-      : watch_(watch), spins_(spins), interruptible_(interruptible) {}
+  Waiter(const Watch& watch, std::chrono::milliseconds timeout, int spins, bool interruptible)
+      : watch_(watch), timeout_(timeout), spins_(spins), interruptible_(interruptible) {}
 
   void await(const Cell& cell, uint64_t value, int peer) {
     const Awaited awaited{&cell, value, peer};
@@ -107,6 +107,7 @@ class Waiter {
   void sleep_until_here(std::span<const Awaited> missing) const;
 
   const Watch& watch_;
+  const std::chrono::milliseconds timeout_;
   const int spins_;
   const bool interruptible_;
   Clock::time_point deadline_{};  // of the collective, set by its first slow wait

@@ -3,11 +3,9 @@
 
 #include <torch/extension.h>
 
-#include "torch/device.h"
+#include "torch/caller.h"
 #include "torch/errors.h"
 #include "torch/modules.h"
-#include "torch/store.h"
-#include "torch/tensors.h"
 
 namespace pycoll::bindings {
 
@@ -16,59 +14,54 @@ namespace {
 class PyCommunicator {
  public:
   PyCommunicator(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& name,
-                 const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds) {
-    TorchStore keys(store, name);
-    comm_ = std::make_unique<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds));
-    device_ = std::make_unique<DeviceSlot>(*comm_, cuda_config);
+                 const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds)
+      : caller_(store, name, rank, world, config, cuda_config, timeout_seconds) {}
+
+  using Handle = c10::intrusive_ptr<c10d::Work>;  // of what is asynchronous; else null
+
+  Handle all_reduce(const at::Tensor& x, const std::optional<at::Tensor>& out, const std::string& op,
+                    const std::string& algorithm, bool async) {
+    Job job = all_reduce_job(x, out ? *out : x, {parse_op(op)}, parse_algorithm(algorithm));
+    return submit(c10d::OpType::ALLREDUCE, "pycoll:all_reduce", std::move(job), async, x);
   }
 
-  ~PyCommunicator() {
-    const py::gil_scoped_release no_gil;  // closing waits for threads
-    comm_.reset();
+  Handle reduce(const at::Tensor& x, const std::optional<at::Tensor>& out, const std::string& op, int root,
+                bool async) {
+    Job job = reduce_job(seat(), x, out ? *out : x, {parse_op(op)}, root);
+    return submit(c10d::OpType::REDUCE, "pycoll:reduce", std::move(job), async, x);
   }
 
-  void all_reduce(const at::Tensor& x, const std::optional<at::Tensor>& out, const std::string& op,
-                  const std::string& algorithm) {
-    const at::Tensor& result = out ? *out : x;
-    check_memory(x, "all_reduce");
-    check_writable(result, "all_reduce");
-    check_like(x, result, "all_reduce");
-    cpu::Call call{.collective = Collective::kAllReduce, .dtype = reducible(x, "all_reduce"), .op = parse_op(op)};
-    call.algorithm = parse_algorithm(algorithm);
-    run(call, x, result, static_cast<size_t>(x.numel()), /*in_place=*/!out);
+  Handle broadcast(const at::Tensor& x, int root, bool async) {
+    return submit(c10d::OpType::BROADCAST, "pycoll:broadcast", broadcast_job(seat(), x, root), async, x);
   }
 
-  void broadcast(const at::Tensor& x, int root) {
-    check_writable(x, "broadcast");
-    if (root < 0 || root >= comm_->world()) {
-      throw_usage("broadcast: root " + std::to_string(root) + " is not in a world of " +
-                  std::to_string(comm_->world()));
-    }
-    const Elements e = elements_to_copy(x);
-    run({.collective = Collective::kBroadcast, .dtype = e.dtype, .root = root}, x, x, e.count, /*in_place=*/true);
+  Handle all_gather(const at::Tensor& x, const at::Tensor& out, bool async) {
+    Job job = all_gather_job(seat(), x, Blocks(out));
+    return submit(c10d::OpType::ALLGATHER, "pycoll:all_gather", std::move(job), async, x);
   }
 
-  void all_gather(const at::Tensor& x, const at::Tensor& out) {
-    check_memory(x, "all_gather");
-    check_writable(out, "all_gather");
-    check_block(x, out, "all_gather", "out");
-    const Elements e = elements_to_copy(x);
-    run({.collective = Collective::kAllGather, .dtype = e.dtype}, x, out, e.count, /*in_place=*/false);
+  Handle gather(const at::Tensor& x, const std::optional<at::Tensor>& out, int root, bool async) {
+    Job job = gather_job(seat(), x, blocks(out), root);
+    return submit(c10d::OpType::GATHER, "pycoll:gather", std::move(job), async, x);
   }
 
-  void reduce_scatter(const at::Tensor& x, const at::Tensor& out, const std::string& op) {
-    check_memory(x, "reduce_scatter");
-    check_writable(out, "reduce_scatter");
-    check_block(out, x, "reduce_scatter", "x");
-    const DType dtype = reducible(x, "reduce_scatter");
-    run({.collective = Collective::kReduceScatter, .dtype = dtype, .op = parse_op(op)}, x, out,
-        static_cast<size_t>(x.numel()),
-        /*in_place=*/false);
+  Handle reduce_scatter(const at::Tensor& x, const at::Tensor& out, const std::string& op, bool async) {
+    Job job = reduce_scatter_job(seat(), Blocks(x), out, {parse_op(op)});
+    return submit(c10d::OpType::REDUCE_SCATTER, "pycoll:reduce_scatter", std::move(job), async, out);
   }
 
-  void barrier() {
-    const py::gil_scoped_release no_gil;
-    comm_->run({.collective = Collective::kBarrier});
+  Handle scatter(const std::optional<at::Tensor>& x, const at::Tensor& out, int root, bool async) {
+    Job job = scatter_job(seat(), blocks(x), out, root);
+    return submit(c10d::OpType::SCATTER, "pycoll:scatter", std::move(job), async, out);
+  }
+
+  Handle all_to_all(const at::Tensor& x, const at::Tensor& out, const Splits& send, const Splits& recv, bool async) {
+    Job job = all_to_all_job(seat(), x, out, send, recv);
+    return submit(c10d::OpType::ALLTOALL, "pycoll:all_to_all", std::move(job), async, at::Tensor());
+  }
+
+  Handle barrier(bool async) {
+    return submit(c10d::OpType::BARRIER, "pycoll:barrier", barrier_job(), async, at::Tensor());
   }
 
   at::Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype, const at::Device& device) {
@@ -77,13 +70,13 @@ class PyCommunicator {
     const auto options = at::TensorOptions().dtype(dtype);
     if (!device.is_cpu()) {
       const py::gil_scoped_release no_gil;
-      device_->meet(device);
-      return device_->with([&](Device& d) { return d.empty(shape, options.device(device)); });
+      caller_.device().meet(device);
+      return caller_.device().with([&](Device& d) { return d.empty(shape, options.device(device)); });
     }
     std::shared_ptr<void> block;
     {
       const py::gil_scoped_release no_gil;
-      block = comm_->allocate(static_cast<size_t>(count) * options.dtype().itemsize());
+      block = caller_.comm().allocate(static_cast<size_t>(count) * options.dtype().itemsize());
     }
     return at::from_blob(block.get(), shape, [block](void*) {}, options);
   }
@@ -92,7 +85,7 @@ class PyCommunicator {
     std::function<at::Tensor(int64_t)> allocate;
     {
       const py::gil_scoped_release no_gil;
-      allocate = device_->allocator(device);
+      allocate = caller_.device().allocator(device);
     }
 #ifdef PYCOLL_WITH_CUDA
     if (allocate) return make_mem_allocator(allocate);
@@ -102,87 +95,52 @@ class PyCommunicator {
 
   void close() {
     const py::gil_scoped_release no_gil;
-    comm_->close();
+    caller_.comm().close();
   }
-  void abort(const std::string& why) { comm_->abort(why); }
-  bool closed() const { return comm_->closed(); }
-  size_t footprint() const { return comm_->footprint(); }
+  void abort(const std::string& why) { caller_.comm().abort(why); }
+  bool closed() const { return caller_.comm().closed(); }
+  size_t footprint() const { return caller_.comm().footprint(); }
   size_t device_footprint() const {
-    return device_->has_device() ? device_->with([](const Device& d) { return d.footprint(); }) : 0;
+    return caller_.device().has_device() ? caller_.device().with([](const Device& d) { return d.footprint(); }) : 0;
   }
   std::string device() const {
-    return device_->has_device() ? device_->with([](const Device& d) { return d.describe(); }) : "";
+    return caller_.device().has_device() ? caller_.device().with([](const Device& d) { return d.describe(); }) : "";
   }
-  int channels() const { return comm_->geometry().channels; }
+  int channels() const { return caller_.comm().geometry().channels; }
 
  private:
-  static std::chrono::milliseconds milliseconds(double seconds) {
-    if (!(seconds > 0)) throw_usage("timeout must be positive, in seconds");
-    return std::chrono::milliseconds(static_cast<int64_t>(std::min(seconds, 1e9) * 1000));
+  Seat seat() const { return caller_.seat(); }
+  static std::optional<Blocks> blocks(const std::optional<at::Tensor>& whole) {
+    return whole ? std::make_optional<Blocks>(*whole) : std::nullopt;
   }
 
-  static void check_like(const at::Tensor& x, const at::Tensor& out, const char* collective) {
-    if (out.scalar_type() != x.scalar_type() || out.sizes() != x.sizes()) {
-      throw_usage(c10::str(collective, ": `out` must be ", x.scalar_type(), " of shape ", x.sizes(), ", not ",
-                           out.scalar_type(), " of shape ", out.sizes()));
+  // `like`: a tensor whose shape and element type all ranks compare.
+  Handle submit(c10d::OpType type, const char* title, Job job, bool async, const at::Tensor& like) {
+    Tensors written;
+    for (const Dense& d : job.writes) {
+      const at::Tensor& t = d.tensor();
+      if (t.requires_grad() && at::GradMode::is_enabled()) {
+        throw_usage(std::string(name(job.calls[0].collective)) +
+                    " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), "
+                    "or on x.detach()");
+      }
+      if (!t.is_inference()) written.push_back(t);
     }
-  }
-
-  // `whole` holds one `block` a rank.
-  void check_block(const at::Tensor& block, const at::Tensor& whole, const char* collective,
-                   const char* whole_name) const {
-    if (whole.scalar_type() != block.scalar_type() || whole.numel() != block.numel() * comm_->world()) {
-      throw_usage(c10::str(collective, ": `", whole_name, "` must hold ", comm_->world(), " blocks of ", block.numel(),
-                           " ", block.scalar_type(), " elements, not ", whole.numel(), " of ", whole.scalar_type()));
-    }
-  }
-
-  void run(cpu::Call call, const at::Tensor& in, const at::Tensor& out, size_t count, bool in_place) {
-    if (in.device() != out.device()) {
-      throw_usage(c10::str(name(call.collective), ": the tensors lie on ", in.device(), " and ", out.device()));
-    }
-    if (out.requires_grad() && at::GradMode::is_enabled()) {
-      throw_usage(std::string(name(call.collective)) +
-                  " would change a tensor that requires grad behind autograd's back: call it under torch.no_grad(), or "
-                  "on x.detach()");
-    }
-    const Dense result(out), given(in);
-    const Dense& from = in_place ? result : given;
-    check_overlap(from.memory(), result.memory(), comm_->rank(), name(call.collective));
-    call.in = from.memory().const_data_ptr();
-    call.out = result.memory().mutable_data_ptr();
-    call.count = count;
-    call.shape = fingerprint(in.scalar_type(), in.sizes());
-    if (!out.device().is_cpu()) {
-      run_on_device(call, from, result);
-    } else {
+    if (like.defined()) job.calls[0].shape = fingerprint(like.scalar_type(), like.sizes());
+    Handle handle;
+    {
       const py::gil_scoped_release no_gil;
-      comm_->run(call, [&] { from.load(); }, [&] { result.store(); });
+      if (async) {
+        handle = caller_.start(type, title, std::move(job), async);
+      } else {
+        caller_.run(job);
+      }
     }
-    if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();  // autograd must know of the write
+    for (const at::Tensor& t : written) t.unsafeGetTensorImpl()->bump_version();  // autograd must know of the write
+    return handle;
   }
 
-  void run_on_device(cpu::Call& call, const Dense& from, const Dense& result) {
-    const py::gil_scoped_release no_gil;
-    DeviceTurn turn(*device_, result.tensor().device(), /*async=*/false, call);
-    for (const Dense* d : {&from, &result}) {  // also if it fails, with moves still on the stream
-      turn.uses(d->tensor());
-      turn.uses(d->memory());
-    }
-    const auto begin = [&] { turn.begin([&] { from.load(); }); };
-    const auto end = [&] { turn.end([&] { result.store(); }); };
-    if (turn.on_host()) {
-      comm_->run(call, begin, end);
-    } else {
-      begin();
-      turn.launch(call);
-      end();
-    }
-    turn.let_current_wait();
-  }
-
-  std::unique_ptr<cpu::Communicator> comm_;
-  std::unique_ptr<DeviceSlot> device_;
+  Caller caller_;
 };
 
 }  // namespace
@@ -206,9 +164,13 @@ void bind_communicator(py::module_& m) {
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("name"), py::arg("config"),
            py::arg("cuda_config"), py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
       .def("all_reduce", &PyCommunicator::all_reduce)
+      .def("reduce", &PyCommunicator::reduce)
       .def("broadcast", &PyCommunicator::broadcast)
       .def("all_gather", &PyCommunicator::all_gather)
+      .def("gather", &PyCommunicator::gather)
       .def("reduce_scatter", &PyCommunicator::reduce_scatter)
+      .def("scatter", &PyCommunicator::scatter)
+      .def("all_to_all", &PyCommunicator::all_to_all)
       .def("barrier", &PyCommunicator::barrier)
       .def("empty", &PyCommunicator::empty)
       .def("mem_allocator", &PyCommunicator::mem_allocator)

@@ -75,18 +75,18 @@ void DeviceFailure::throw_if_any() const {
   if (what_) std::rethrow_exception(what_);
 }
 
-DeviceTurn::Settled DeviceTurn::settle(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call) {
+DeviceTurn::Settled DeviceTurn::settle(DeviceSlot& slot, at::Device where, bool async, std::span<cpu::Call> calls) {
   slot.meet(where);
   return slot.with([&](Device& device) {
     device.failure()->throw_if_any();
-    device.prepare(call);
+    for (cpu::Call& call : calls) device.prepare(call);
     const bool own = async || device.on_host();
     return Settled{device.failure(), own ? device.stream() : current_stream(where), device.on_host()};
   });
 }
 
-DeviceTurn::DeviceTurn(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call)
-    : DeviceTurn(slot.state_, settle(slot, where, async, call)) {}
+DeviceTurn::DeviceTurn(DeviceSlot& slot, at::Device where, bool async, std::span<cpu::Call> calls)
+    : DeviceTurn(slot.state_, settle(slot, where, async, calls)) {}
 
 DeviceTurn::DeviceTurn(const std::shared_ptr<const DeviceSlot::State>& slot, const Settled& settled)
     : slot_(slot),

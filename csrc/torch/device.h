@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
+#include <span>
 
 #include "cpu/communicator.h"
 
@@ -91,16 +92,16 @@ class DeviceSlot {
   const std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
-// One call on a GPU, from the moment it is made: on which stream it runs, and when that may begin.
+// One turn on a GPU, from the moment it is made: on which stream it runs, and when that may begin.
 class DeviceTurn {
  public:
   // `async`: on the device's own stream, after what the current stream holds by now. Else on the current stream, if the
-  // device can. `call` is prepared, see Device.
-  DeviceTurn(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call);
+  // device can. The calls are prepared, see Device.
+  DeviceTurn(DeviceSlot& slot, at::Device where, bool async, std::span<cpu::Call> calls);
   bool on_host() const { return on_host_; }
   c10::Stream stream() const { return stream_; }
 
-  // The call's parts, on its stream: the first waits for what the current stream held when the turn was made.
+  // The turn's parts, on its stream: the first waits for what the current stream held when the turn was made.
   void begin(const std::function<void()>& load);
   void launch(const cpu::Call& call) const;  // where the host does not run it
   void end(const std::function<void()>& store);
@@ -118,7 +119,7 @@ class DeviceTurn {
     c10::Stream stream;
     bool on_host;
   };
-  static Settled settle(DeviceSlot& slot, at::Device where, bool async, cpu::Call& call);
+  static Settled settle(DeviceSlot& slot, at::Device where, bool async, std::span<cpu::Call> calls);
   explicit DeviceTurn(const std::shared_ptr<const DeviceSlot::State>& slot, const Settled& settled);
 
   const std::shared_ptr<DeviceFailure> failure_;

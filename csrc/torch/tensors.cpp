@@ -28,6 +28,7 @@ std::optional<DType> dtype_of(at::ScalarType type) {
     case at::kLong:
       return DType::kInt64;
     case at::kByte:
+    case at::kBool:
       return DType::kUInt8;
     default:
       return std::nullopt;
@@ -38,9 +39,20 @@ std::optional<DType> dtype_of(at::ScalarType type) {
 
 DType reducible(const at::Tensor& t, const char* collective) {
   if (const auto dtype = dtype_of(t.scalar_type())) return *dtype;
-  throw_unsupported(
-      std::string(collective) + " cannot reduce " + c10::toString(t.scalar_type()) +
-      " tensors: float32, float64, bfloat16, float16, int8, int16, int32, int64 and uint8 it can; convert the tensor");
+  throw_unsupported(std::string(collective) + " cannot reduce " + c10::toString(t.scalar_type()) +
+                    " tensors: float32, float64, bfloat16, float16, int8, int16, int32, int64, uint8 and bool it can; "
+                    "convert the tensor");
+}
+
+ReduceOp op_for(const at::Tensor& t, ReduceOp op, const char* collective) {
+  const bool is_bool = t.scalar_type() == at::kBool;
+  if ((is_bool && op == ReduceOp::kAvg) ||
+      (of_bits(op) && !at::isIntegralType(t.scalar_type(), /*includeBool=*/true))) {
+    throw_unsupported(std::string(collective) + " has no " + name(op) + " of " + c10::toString(t.scalar_type()) +
+                      " tensors");
+  }
+  if (!is_bool) return op;
+  return op == ReduceOp::kSum ? ReduceOp::kMax : op == ReduceOp::kProduct ? ReduceOp::kMin : op;
 }
 
 Elements elements_to_copy(const at::Tensor& t) {
@@ -90,18 +102,22 @@ void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const 
       "block of the larger)");
 }
 
-void Dense::copy(const at::Tensor& to, const at::Tensor& from) {
+void Dense::copy(const at::Tensor& to, const at::Tensor& from, const at::Tensor& factor) {
   if (to.is_same(from)) return;
   const at::NoGradGuard no_grad;                     // the values are communicated, not computed
   const c10::InferenceMode mode(to.is_inference());  // the worker thread knows nothing of its caller's mode
-  to.copy_(from);
+  if (factor.defined()) {
+    at::mul_out(const_cast<at::Tensor&>(to), from, factor);
+  } else {
+    to.copy_(from);
+  }
 }
 
 ReduceOp parse_op(const std::string& op) {
   for (int i = 0; i < kReduceOpCount; ++i) {
     if (op == name(static_cast<ReduceOp>(i))) return static_cast<ReduceOp>(i);
   }
-  throw_usage("unknown op '" + op + "': sum, avg, min, max or product");
+  throw_usage("unknown op '" + op + "': sum, avg, min, max, product, band, bor or bxor");
 }
 
 std::optional<Algorithm> parse_algorithm(const std::string& algorithm) {

@@ -10,8 +10,15 @@
 
 namespace pycoll::bindings {
 
-// The dtype to reduce in. Throws UnsupportedError.
+// How to reduce: the operation and, for sums of what is multiplied first, by what (one element; else undefined).
+struct Reduction {
+  ReduceOp op;
+  at::Tensor factor{};
+};
+
+// The dtype to reduce in, and the operation there: bool is a byte of 0 or 1. Throws UnsupportedError.
 DType reducible(const at::Tensor& t, const char* collective);
+ReduceOp op_for(const at::Tensor& t, ReduceOp op, const char* collective);
 
 // Copies need no arithmetic: a tensor without a dtype of ours travels as bytes.
 struct Elements {
@@ -36,16 +43,18 @@ void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const 
 class Dense {
  public:
   explicit Dense(const at::Tensor& t) : Dense(t, t.is_contiguous() ? t : at::empty(t.sizes(), t.options())) {}
-  Dense(const at::Tensor& t, const at::Tensor& memory) : tensor_(t), memory_(memory) {}
+  // `factor`, if defined: what load() multiplies by.
+  Dense(const at::Tensor& t, const at::Tensor& memory, const at::Tensor& factor = {})
+      : tensor_(t), memory_(memory), factor_(factor) {}
   const at::Tensor& tensor() const { return tensor_; }
   const at::Tensor& memory() const { return memory_; }
   bool is_copy() const { return !memory_.is_same(tensor_); }
-  void load() const { copy(memory_, tensor_); }
-  void store() const { copy(tensor_, memory_); }
+  void load() const { copy(memory_, tensor_, factor_); }
+  void store() const { copy(tensor_, memory_, {}); }
 
  private:
-  static void copy(const at::Tensor& to, const at::Tensor& from);
-  at::Tensor tensor_, memory_;
+  static void copy(const at::Tensor& to, const at::Tensor& from, const at::Tensor& factor);
+  at::Tensor tensor_, memory_, factor_;
 };
 
 ReduceOp parse_op(const std::string& op);

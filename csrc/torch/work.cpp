@@ -18,7 +18,7 @@ void Work::complete(std::exception_ptr failure) {
 bool Work::wait(std::chrono::milliseconds timeout) {
   const auto deadline = cpu::Clock::now() + timeout;
   std::unique_lock guard(mutex_);
-  if (!completed_ && cpu::Communicator::inside(turn_)) {
+  if (!completed_ && cpu::Communicator::inside(turns_)) {
     throw PyError(Error(ErrorKind::kUsage,
                         "pycoll: wait() was called from within another collective of the group, by a signal handler or "
                         "a callback, which ends before this one can run: chain the futures instead"));

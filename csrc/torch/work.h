@@ -10,12 +10,16 @@ namespace pycoll::bindings {
 
 class Work : public c10d::Work {
  public:
-  // `turn`: the communicator's, see cpu::Communicator::inside.
-  // `on_device`: where the call runs on a GPU, null on the CPU. wait() then orders the current stream after it, and the
-  // host only as far as the ranks meet there.
-  Work(int rank, c10d::OpType type, std::vector<at::Tensor> result, const void* turn,
-       std::shared_ptr<DeviceTurn> on_device = nullptr)
-      : c10d::Work(rank, type), result_(std::move(result)), turn_(turn), on_device_(std::move(on_device)) {}
+  // `title` and `inputs`: what torch's profilers show of it, until complete().
+  // `turns`: the communicator's, see cpu::Communicator::inside.
+  // `on_device`: where it runs on a GPU, null on the CPU. wait() then orders the current stream after it, and the host
+  // only as far as the ranks meet there.
+  Work(int rank, c10d::OpType type, const char* title, const std::optional<std::vector<at::Tensor>>& inputs,
+       std::vector<at::Tensor> result, const void* turns, std::shared_ptr<DeviceTurn> on_device = nullptr)
+      : c10d::Work(rank, type, title, inputs),
+        result_(std::move(result)),
+        turns_(turns),
+        on_device_(std::move(on_device)) {}
 
   // Ends the work, once: with a failure, or without.
   void complete(std::exception_ptr failure);
@@ -31,7 +35,7 @@ class Work : public c10d::Work {
   void mark_future();  // if there is one, and the work has ended; once
 
   std::vector<at::Tensor> result_;
-  const void* const turn_;
+  const void* const turns_;
   const std::shared_ptr<DeviceTurn> on_device_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
   bool marked_ = false;

@@ -278,43 +278,6 @@ def test_a_second_init_is_refused_and_harmless() -> None:
     run(_twice, 2)
 
 
-def _unsupported(rank: Rank) -> None:
-    x, both = torch.ones(2), [torch.ones(2), torch.ones(2)]
-    group = dist.group.WORLD
-    assert group is not None
-    peer = 1 - rank.rank
-    calls: dict[str, Callable[[], Any]] = {
-        "reduce": lambda: dist.reduce(x, 0),
-        "gather": lambda: dist.gather(x, both if rank.rank == 0 else None),
-        "scatter": lambda: dist.scatter(x, both if rank.rank == 0 else None),
-        "all_to_all": lambda: dist.all_to_all(both, both),
-        "all_to_all_single": lambda: dist.all_to_all_single(torch.ones(2), x),
-        "send": lambda: dist.send(x, peer),
-        "recv": lambda: dist.recv(x, peer),
-        "recv from any source": lambda: dist.recv(x),
-        "all_reduce_coalesced": lambda: dist.all_reduce_coalesced(both),
-        "all_gather_coalesced": lambda: dist.all_gather_coalesced([both], [x]),
-        "monitored_barrier": lambda: group.monitored_barrier(),
-        "all_reduce .*sparse|layout Sparse": lambda: dist.all_reduce(x.to_sparse()),
-        "reduce op": lambda: dist.all_reduce(torch.ones(2, dtype=torch.int32), dist.ReduceOp.BAND),
-        "Bool": lambda: dist.all_reduce(torch.ones(2, dtype=torch.bool)),
-        "different sizes": lambda: dist.all_gather([torch.ones(1), torch.ones(3)], x),
-    }
-    for name, call in calls.items():
-        with pytest.raises(pycoll.UnsupportedError, match=name):
-            call()
-    with pytest.raises(pycoll.UsageError, match="expanded"):
-        dist.all_reduce(torch.ones(1).expand(4))
-    with pytest.raises(pycoll.UsageError, match="expanded"):
-        dist.broadcast(torch.ones(1).expand(4), 0)
-    dist.all_reduce(x)
-    assert x.tolist() == [2.0, 2.0], "the group goes on"
-
-
-def test_what_is_not_there_says_so() -> None:
-    run(_unsupported, 2)
-
-
 def _issue_order(rank: Rank) -> None:
     for _ in range(50):
         x = torch.ones(2000)

@@ -150,7 +150,7 @@ std::exception_ptr Launcher::failure() const {
     case cuda_device::kTimedOut:
       return std::make_exception_ptr(Error(ErrorKind::kTimeout,
                                            "pycoll: a kernel waited too long for rank " + std::to_string(report.rank) +
-                                               ". Did it make this call? Raise `timeout` if it is slow",
+                                               ". Did it make this call? Raise the timeout if it is slow",
                                            report.rank));
     case cuda_device::kCountsDiffer:
       return std::make_exception_ptr(

@@ -218,7 +218,8 @@ void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
               .shape = call.shape};
   d.in[0] = call.in;
   d.out[0] = call.out;
-  d.timeout_ns = static_cast<uint64_t>(host_.timeout().count()) * 1000000;
+  const auto timeout = call.timeout.count() > 0 ? call.timeout : host_.timeout();
+  d.timeout_ns = static_cast<uint64_t>(timeout.count()) * 1000000;
   cuda_device::DeviceCounts counts{};
   if (call.send_counts) {
     std::copy_n(call.send_counts, host_.world(), counts.send[0]);

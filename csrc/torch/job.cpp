@@ -1,0 +1,364 @@
+#include "torch/job.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "torch/errors.h"
+
+namespace pycoll::bindings {
+
+namespace {
+
+void check_root(Seat seat, int root, const char* collective) {
+  if (root >= 0 && root < seat.world) return;
+  throw_usage(c10::str(collective, ": root ", root, " is not in a group of ", seat.world));
+}
+
+void check_like(const at::Tensor& x, const at::Tensor& out, const char* collective) {
+  if (out.scalar_type() == x.scalar_type() && out.sizes() == x.sizes()) return;
+  throw_usage(c10::str(collective, ": the output must be ", x.scalar_type(), " of shape ", x.sizes(), ", not ",
+                       out.scalar_type(), " of shape ", out.sizes()));
+}
+
+// `whole` holds a block for each rank.
+void check_blocks(Seat seat, const at::Tensor& block, const at::Tensor& whole, const char* collective,
+                  const char* which) {
+  if (whole.scalar_type() == block.scalar_type() && whole.numel() == block.numel() * seat.world) return;
+  throw_usage(c10::str(collective, ": the ", which, " must hold ", seat.world, " blocks of ", block.numel(), " ",
+                       block.scalar_type(), " elements, not ", whole.numel(), " of ", whole.scalar_type()));
+}
+
+void check_list(Seat seat, const Tensors& list, const at::Tensor& like, const char* collective) {
+  if (static_cast<int>(list.size()) != seat.world) {
+    throw_usage(c10::str(collective, " needs a list of ", seat.world, " tensors, not of ", list.size()));
+  }
+  for (const at::Tensor& t : list) {
+    check_memory(t, collective);
+    if (t.scalar_type() != like.scalar_type() || t.device() != like.device()) {
+      throw_usage(std::string(collective) + ": input and output tensors must have one dtype and lie on one device");
+    }
+  }
+}
+
+bool of_one_size(const Tensors& list, const at::Tensor& like) {
+  return std::all_of(list.begin(), list.end(), [&](const at::Tensor& t) { return t.numel() == like.numel(); });
+}
+
+// What a reduction reads: the tensor, or a copy where it is strided or to be multiplied first.
+Dense read(const at::Tensor& x, const Reduction& by) {
+  if (!by.factor.defined()) return Dense(x);
+  return Dense(x, at::empty(x.sizes(), x.options()), by.factor);
+}
+
+cpu::Call reduction(Collective collective, const at::Tensor& x, const Reduction& by) {
+  const char* what = name(collective);
+  if (by.factor.defined() && !at::isFloatingType(x.scalar_type())) {
+    throw_unsupported(std::string(what) + " multiplies only floats before it adds");
+  }
+  const DType dtype = reducible(x, what);
+  return {
+      .collective = collective, .dtype = dtype, .op = op_for(x, by.op, what), .shape = fingerprint(x.scalar_type())};
+}
+
+// A collective that moves elements; `counted`: what its count is of.
+cpu::Call movement(Collective collective, const at::Tensor& counted, int root = 0) {
+  const Elements e = elements_to_copy(counted);
+  return {.collective = collective,
+          .dtype = e.dtype,
+          .root = root,
+          .count = e.count,
+          .shape = fingerprint(counted.scalar_type())};
+}
+
+const void* address(const Dense& d) { return d.memory().const_data_ptr(); }
+void* writable(const Dense& d) { return d.memory().mutable_data_ptr(); }
+
+// Whether the tensors follow one another in memory.
+bool lie_in_a_row(const Tensors& list) {
+  const at::Tensor& first = list.front();
+  int64_t offset = first.storage_offset();
+  for (const at::Tensor& t : list) {
+    if (!t.is_contiguous() || !t.is_alias_of(first) || t.storage_offset() != offset) return false;
+    offset += t.numel();
+  }
+  return true;
+}
+
+}  // namespace
+
+void Job::append(Job&& other) {
+  std::move(other.calls.begin(), other.calls.end(), std::back_inserter(calls));
+  std::move(other.reads.begin(), other.reads.end(), std::back_inserter(reads));
+  std::move(other.writes.begin(), other.writes.end(), std::back_inserter(writes));
+  std::move(other.result.begin(), other.result.end(), std::back_inserter(result));
+  std::move(other.counts.begin(), other.counts.end(), std::back_inserter(counts));
+}
+
+Blocks::Blocks(const at::Tensor& whole) {
+  parts.emplace_back(whole);
+  memory = parts.front().memory();
+}
+
+Blocks::Blocks(const Tensors& list) {
+  int64_t total = 0;
+  for (const at::Tensor& t : list) total += t.numel();
+  const at::Tensor& first = list.front();
+  const bool in_place = lie_in_a_row(list);
+  memory = in_place ? first.as_strided({total}, {1}) : at::empty({total}, first.options());
+  int64_t offset = 0;
+  for (const at::Tensor& t : list) {
+    parts.emplace_back(t, in_place ? t : memory.narrow(0, offset, t.numel()).view(t.sizes()));
+    offset += t.numel();
+  }
+}
+
+namespace {
+
+// A reduction of whole tensors, to one like them.
+Job reduce_whole(cpu::Call call, const at::Tensor& x, const at::Tensor& out, const Reduction& by) {
+  const char* what = name(call.collective);
+  check_writable(out, what);
+  check_like(x, out, what);
+  const Dense result(out);
+  const Dense given = x.is_same(out) && !by.factor.defined() ? result : read(x, by);
+  check_overlap(given.memory(), result.memory(), 0, what);
+  call.in = address(given);
+  call.out = writable(result);
+  return {{call}, {given}, {result}, {out}, {}};
+}
+
+}  // namespace
+
+Job all_reduce_job(const at::Tensor& x, const at::Tensor& out, const Reduction& by,
+                   std::optional<Algorithm> algorithm) {
+  check_memory(x, "all_reduce");
+  cpu::Call call = reduction(Collective::kAllReduce, x, by);
+  call.algorithm = algorithm;
+  call.count = static_cast<size_t>(x.numel());
+  return reduce_whole(call, x, out, by);
+}
+
+Job reduce_job(Seat seat, const at::Tensor& x, const at::Tensor& out, const Reduction& by, int root) {
+  check_root(seat, root, "reduce");
+  check_memory(x, "reduce");
+  cpu::Call call = reduction(Collective::kReduce, x, by);
+  call.root = root;
+  call.count = static_cast<size_t>(x.numel());
+  if (seat.rank == root) return reduce_whole(call, x, out, by);
+  const Dense given = read(x, by);
+  call.in = address(given);
+  return {{call}, {given}, {}, {x}, {}};
+}
+
+Job broadcast_job(Seat seat, const at::Tensor& x, int root) {
+  check_root(seat, root, "broadcast");
+  if (seat.rank == root) {
+    check_memory(x, "broadcast");
+  } else {
+    check_writable(x, "broadcast");
+  }
+  const Dense dense(x);
+  cpu::Call call = movement(Collective::kBroadcast, x, root);
+  call.in = address(dense);
+  call.out = const_cast<void*>(call.in);  // which the root does not write
+  Job job{{call}, {}, {}, {x}, {}};
+  (seat.rank == root ? job.reads : job.writes).push_back(dense);
+  return job;
+}
+
+Blocks::Blocks(Seat seat, const Tensors& list, const at::Tensor& like, const char* collective)
+    : Blocks((check_list(seat, list, like, collective), list)) {
+  if (of_one_size(list, like)) return;
+  throw_unsupported(std::string(collective) + " of tensors of different sizes: pad them, or use all_to_all");
+}
+
+Job all_gather_job(Seat seat, const at::Tensor& x, const Blocks& out) {
+  check_memory(x, "all_gather");
+  for (const Dense& d : out.parts) check_writable(d.tensor(), "all_gather");
+  check_blocks(seat, x, out.memory, "all_gather", "output");
+  const Dense given(x);
+  check_overlap(given.memory(), out.memory, seat.rank, "all_gather");
+  cpu::Call call = movement(Collective::kAllGather, x);
+  call.in = address(given);
+  call.out = out.memory.mutable_data_ptr();
+  Job job{{call}, {given}, out.parts, {}, {}};
+  for (const Dense& d : out.parts) job.result.push_back(d.tensor());
+  return job;
+}
+
+Job all_gather_job(Seat seat, const at::Tensor& x, const Tensors& out) {
+  check_memory(x, "all_gather");
+  check_list(seat, out, x, "all_gather");
+  if (of_one_size(out, x)) return all_gather_job(seat, x, Blocks(out));
+  if (out[seat.rank].numel() != x.numel()) {
+    throw_usage(c10::str("all_gather: this rank's part of the output has ", out[seat.rank].numel(),
+                         " elements, its input ", x.numel()));
+  }
+  Job all;  // each rank broadcasts its own
+  for (int r = 0; r < seat.world; ++r) {
+    Job job = broadcast_job(seat, out[r], r);
+    if (r == seat.rank) {  // out of its part of the output
+      check_writable(out[r], "all_gather");
+      const Dense mine = job.reads[0];
+      job.reads[0] = Dense(x, mine.memory().view(x.sizes()));
+      job.writes.push_back(mine);
+    }
+    all.append(std::move(job));
+  }
+  return all;
+}
+
+Job gather_job(Seat seat, const at::Tensor& x, const std::optional<Blocks>& out, int root) {
+  check_root(seat, root, "gather");
+  if (seat.rank != root && out) throw_usage("gather: only the root has an output");
+  if (seat.rank == root && !out) throw_usage("gather: the root needs an output");
+  Job job;
+  if (out) {
+    job = all_gather_job(seat, x, *out);
+  } else {
+    check_memory(x, "gather");
+    const Dense given(x);
+    job = {{movement(Collective::kGather, x)}, {given}, {}, {}, {}};
+    job.calls[0].in = address(given);
+  }
+  job.calls[0].collective = Collective::kGather;
+  job.calls[0].root = root;
+  return job;
+}
+
+Job reduce_scatter_job(Seat seat, const Blocks& x, const at::Tensor& out, const Reduction& by) {
+  for (const Dense& d : x.parts) check_memory(d.tensor(), "reduce_scatter");
+  check_writable(out, "reduce_scatter");
+  check_blocks(seat, out, x.memory, "reduce_scatter", "input");
+  cpu::Call call = reduction(Collective::kReduceScatter, out, by);
+  const Dense result(out);
+  Job job{{}, x.parts, {result}, {out}, {}};
+  call.in = x.memory.const_data_ptr();
+  if (by.factor.defined()) {
+    const Dense multiplied(x.memory, at::empty(x.memory.sizes(), x.memory.options()), by.factor);
+    job.reads.push_back(multiplied);  // after its parts are in place
+    call.in = address(multiplied);
+  } else {
+    check_overlap(x.memory, result.memory(), seat.rank, "reduce_scatter");
+  }
+  call.out = writable(result);
+  call.count = static_cast<size_t>(x.memory.numel());
+  job.calls.push_back(call);
+  return job;
+}
+
+Job reduce_scatter_job(Seat seat, const Tensors& x, const at::Tensor& out, const Reduction& by) {
+  check_writable(out, "reduce_scatter");
+  check_list(seat, x, out, "reduce_scatter");
+  if (of_one_size(x, out)) return reduce_scatter_job(seat, Blocks(x), out, by);
+  if (x[seat.rank].numel() != out.numel()) {
+    throw_usage(c10::str("reduce_scatter: this rank's part of the input has ", x[seat.rank].numel(),
+                         " elements, its output ", out.numel()));
+  }
+  Job all;  // each rank is the root of its own
+  for (int r = 0; r < seat.world; ++r) {
+    const bool mine = r == seat.rank && out.is_contiguous();
+    all.append(reduce_job(seat, x[r], mine ? out.view(x[r].sizes()) : out, by, r));
+  }
+  all.result = {out};
+  return all;
+}
+
+Job scatter_job(Seat seat, const std::optional<Blocks>& x, const at::Tensor& out, int root) {
+  check_root(seat, root, "scatter");
+  if (seat.rank != root && x) throw_usage("scatter: only the root has an input");
+  if (seat.rank == root && !x) throw_usage("scatter: the root needs an input");
+  check_writable(out, "scatter");
+  const Dense result(out);
+  cpu::Call call = movement(Collective::kScatter, out, root);
+  call.count *= seat.world;
+  call.out = writable(result);
+  Job job{{}, {}, {result}, {out}, {}};
+  if (x) {
+    for (const Dense& d : x->parts) check_memory(d.tensor(), "scatter");
+    check_blocks(seat, out, x->memory, "scatter", "input");
+    check_overlap(x->memory, result.memory(), seat.rank, "scatter");
+    call.in = x->memory.const_data_ptr();
+    job.reads = x->parts;
+  }
+  job.calls.push_back(call);
+  return job;
+}
+
+namespace {
+
+Job exchange_job(Seat seat, const Blocks& x, const Blocks& out, std::vector<uint64_t> send,
+                 std::vector<uint64_t> recv) {
+  if (x.memory.scalar_type() != out.memory.scalar_type()) {
+    throw_usage("all_to_all: input and output tensors must have one dtype");
+  }
+  for (const Dense& d : x.parts) check_memory(d.tensor(), "all_to_all");
+  for (const Dense& d : out.parts) check_writable(d.tensor(), "all_to_all");
+  const auto* in_begin = static_cast<const std::byte*>(x.memory.const_data_ptr());
+  auto* out_begin = static_cast<std::byte*>(out.memory.mutable_data_ptr());
+  if (seat.world > 1 && in_begin < out_begin + out.memory.nbytes() && out_begin < in_begin + x.memory.nbytes()) {
+    throw_usage("all_to_all: input and output overlap: give separate tensors");
+  }
+  cpu::Call call = movement(Collective::kAllToAll, x.memory);
+  const uint64_t bytes_as_elements = call.dtype == DType::kUInt8 ? x.memory.element_size() : 1;
+  for (auto* counts : {&send, &recv}) {
+    for (uint64_t& n : *counts) n *= bytes_as_elements;
+  }
+  call.count = 0;
+  call.in = in_begin;
+  call.out = out_begin;
+  Job job{{}, x.parts, out.parts, {}, {}};
+  call.send_counts = job.counts.emplace_back(std::move(send)).data();
+  call.recv_counts = job.counts.emplace_back(std::move(recv)).data();
+  for (const Dense& d : out.parts) job.result.push_back(d.tensor());
+  job.calls.push_back(call);
+  return job;
+}
+
+std::vector<uint64_t> counts_of(Seat seat, const at::Tensor& t, const Splits& splits, const char* which) {
+  const int64_t rows = t.dim() == 0 ? 1 : t.size(0), row = rows == 0 ? 0 : t.numel() / rows;
+  if (splits.empty()) {
+    if (rows % seat.world != 0) {
+      throw_usage(c10::str("all_to_all: the ", which, "'s first dimension, ", rows, ", is not a multiple of ",
+                           seat.world, " ranks: give splits"));
+    }
+    return std::vector<uint64_t>(seat.world, static_cast<uint64_t>(rows / seat.world * row));
+  }
+  std::vector<uint64_t> counts;
+  int64_t sum = 0;
+  for (const int64_t n : splits) {
+    if (n < 0) throw_usage("all_to_all: a split is negative");
+    sum += n;
+    counts.push_back(static_cast<uint64_t>(n * row));
+  }
+  if (static_cast<int>(splits.size()) != seat.world || sum != rows) {
+    throw_usage(c10::str("all_to_all: the ", which, " needs ", seat.world, " splits that add up to its ", rows,
+                         " rows, not ", splits));
+  }
+  return counts;
+}
+
+std::vector<uint64_t> counts_of(const Tensors& list) {
+  std::vector<uint64_t> counts;
+  for (const at::Tensor& t : list) counts.push_back(static_cast<uint64_t>(t.numel()));
+  return counts;
+}
+
+}  // namespace
+
+Job all_to_all_job(Seat seat, const at::Tensor& x, const at::Tensor& out, const Splits& send, const Splits& recv) {
+  check_memory(x, "all_to_all");
+  check_writable(out, "all_to_all");
+  return exchange_job(seat, Blocks(x), Blocks(out), counts_of(seat, x, send, "input"),
+                      counts_of(seat, out, recv, "output"));
+}
+
+Job all_to_all_job(Seat seat, const Tensors& x, const Tensors& out) {
+  check_list(seat, x, x.empty() ? at::Tensor() : x[0], "all_to_all");
+  check_list(seat, out, x[0], "all_to_all");
+  return exchange_job(seat, Blocks(x), Blocks(out), counts_of(x), counts_of(out));
+}
+
+Job barrier_job() { return {{{.collective = Collective::kBarrier}}, {}, {}, {}, {}}; }
+
+}  // namespace pycoll::bindings
