@@ -87,7 +87,9 @@ def environment(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", folder], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / version / "site-packages"
-    (packages / "machine.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
+    # With what is installed there for development: torch loads the entry points of all packages that it sees.
+    lines = [f"import site; site.addsitedir({folder!r})" for folder in site.getsitepackages()]
+    (packages / "machine.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "bin" / "python"
 
 

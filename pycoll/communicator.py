@@ -194,7 +194,7 @@ class Communicator:
             `out`, or a `Work`.
         """
         with stream_of(x):
-            tensor = tensor_of(x)
+            tensor: Tensor = tensor_of(x)
             rows = self._rows("reduce_scatter", tensor)
             result, block = self._output(x, out, lambda: tensor.new_empty((rows, *tensor.shape[1:])), async_op)
             work = self._impl.reduce_scatter(tensor, block, op, async_op)
@@ -219,13 +219,14 @@ class Communicator:
         if given is None:
             raise UsageError("pycoll: scatter needs `x` on the root and `out` on the other ranks")
         with stream_of(given):
-            tensor = _tensor_or_none(x)
-            if tensor is not None:
-                rows, shape = self._rows("scatter", tensor), tensor.shape[1:]
-                result, block = self._output(x, out, lambda: tensor.new_empty((rows, *shape)), async_op)
-            else:
+            if x is None:
                 result, block = out, tensor_of(out)
-            work = self._impl.scatter(tensor, block, root, async_op)
+                work = self._impl.scatter(None, block, root, async_op)
+            else:
+                tensor: Tensor = tensor_of(x)
+                rows = self._rows("scatter", tensor)
+                result, block = self._output(x, out, lambda: tensor.new_empty((rows, *tensor.shape[1:])), async_op)
+                work = self._impl.scatter(tensor, block, root, async_op)
         return work if async_op else result
 
     def all_to_all(
@@ -253,7 +254,7 @@ class Communicator:
             MismatchError: a rank sends other than its receiver expects. On all ranks, and terminal.
         """
         with stream_of(x):
-            tensor = tensor_of(x)
+            tensor: Tensor = tensor_of(x)
             rows = sum(recv_splits) if recv_splits else tensor.shape[0] if tensor.dim() else 1
             result, received = self._output(x, out, lambda: tensor.new_empty((rows, *tensor.shape[1:])), async_op)
             work = self._impl.all_to_all(tensor, received, list(send_splits), list(recv_splits), async_op)

@@ -52,11 +52,6 @@ CASES: dict[str, tuple[Callable[[Communicator], Any], type[pycoll.Error], str]] 
         "resolve_conj",
     ),
     "complex": (
-        lambda c: c.all_reduce(ones(4).cfloat()),
-        pycoll.UnsupportedError,
-        "cannot reduce ComplexFloat.*convert",
-    ),
-    "complex": (
         lambda c: c.all_reduce(ones(4, dtype=torch.complex64)),
         pycoll.UnsupportedError,
         "cannot reduce Complex",

@@ -136,7 +136,7 @@ def test_the_installed_package_is_whole(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {
         "version": [__version__, __version__],
         "torch": [f"torch=={PUBLIC}"],
-        "scripts": [["pycoll", "pycoll.cli:main"]],
+        "scripts": [["pycoll", "pycoll.cli:main"], *[["pycoll", "pycoll_autoload:register"]] * 2],
         "typed": True,
     }
 
