@@ -81,6 +81,16 @@ void windows(int world) {
   };
   every_sequence_holds("W1-W6", world, calls, 3, Order::kSequential);
   every_sequence_holds("W1-W6, any order that C2 allows", world, calls, 2, Order::kReleaseAcquire);
+  const std::vector<Named> others{
+      {"reduce", {Collective::kReduce, Algorithm::kDirect, kGrain * world}},
+      {"gather", {Collective::kGather, Algorithm::kDirect, kGrain}},
+      {"scatter", {Collective::kScatter, Algorithm::kDirect, kGrain * world}},
+      {"all-to-all", {Collective::kAllToAll, Algorithm::kDirect, kGrain}},
+      {"all-to-all in heaps", {Collective::kAllToAll, Algorithm::kDirect, kGrain, all}},
+      {"two-shot", two_shot},
+  };
+  every_sequence_holds("W1-W6, other collectives", world, others, 2, Order::kSequential);
+  every_sequence_holds("W1-W6, other collectives, any order that C2 allows", world, others, 2, Order::kReleaseAcquire);
 
   // W3: whatever came before, all find from the records of this very call that one rank calls something else.
   Call other = two_shot;

@@ -21,7 +21,7 @@ class Recorder {
   static constexpr size_t kElement = sizeof(float);
 
   Recorder(std::vector<Recorded>& to, int world)
-      : to_(to), pointers_(2 * static_cast<size_t>(world) + 4), world_(world) {}
+      : to_(to), pointers_(2 * static_cast<size_t>(world) + 4), units_(world), world_(world) {}
 
   bool leader() const { return true; }
   bool sync(bool ok) const { return ok; }
@@ -46,6 +46,8 @@ class Recorder {
   void copy(void* dst, const void* src, size_t bytes) { move("copies", {{src, bytes}}, {{dst, bytes}}); }
   const void** sources() { return const_cast<const void**>(pointers_.data()); }
   void** destinations() { return pointers_.data() + world_ + 1; }
+  uint64_t* units() { return units_.data(); }
+  void report_counts(int, int, uint64_t, uint64_t) {}  // counts never differ here
 
   // What surrounds a call.
   void move(const char* what, const std::vector<Range>& reads, const std::vector<Range>& writes) {
@@ -56,6 +58,7 @@ class Recorder {
  private:
   std::vector<Recorded>& to_;
   std::vector<void*> pointers_;
+  std::vector<uint64_t> units_;
   const int world_;
 };
 
@@ -63,7 +66,7 @@ class Recorder {
 struct Call {
   pycoll::Collective collective;
   pycoll::Algorithm algorithm;
-  size_t count;           // elements
+  size_t count;           // elements; in an all-to-all those for each pair of ranks
   uint32_t in_heap = 0;   // the ranks (bits) whose tensors peers read and write where they lie (W6)
   bool mismatch = false;  // rank 0 calls something else (W3)
 };
@@ -173,7 +176,7 @@ class Recording {
     for (const Call& call : calls) {
       const bool in_place = call.collective == Collective::kAllReduce || call.collective == Collective::kBroadcast;
       CallRecord mine{};
-      mine.count = call.count;
+      mine.count = call.collective == Collective::kAllToAll ? 0 : call.count;
       mine.collective = call.collective;
       mine.algorithm = call.mismatch && rank == 0 ? Algorithm::kOneShot : call.algorithm;
       std::vector<CallRecord> records(world, mine);  // as they will be found after the entry
@@ -200,7 +203,16 @@ class Recording {
         if (!mutation_.no_records) exec.move("compares the records", all, {});
         return !call.mismatch;
       };
-      const Operation op{in, out, Recorder::kElement, rank, world, {}};
+      const std::vector<uint64_t> counts(world, call.count);
+      Operation op{in, out, Recorder::kElement, rank, world, {}};
+      if (call.collective == Collective::kAllToAll) {  // what is read of slots is not what was recorded: all know it
+        op.send_counts = op.recv_counts = counts.data();
+        for (int r = 0; r < world; ++r) {
+          for (const uint64_t parity : {0, 1}) {
+            std::fill_n(reinterpret_cast<uint64_t*>(peers.slot(r, 0, parity)), 2 * world, call.count);
+          }
+        }
+      }
       dispatch_call(call.collective, mine.algorithm, [&](auto tag) {
         using A = typename decltype(tag)::type;
         if constexpr (!requires { typename A::OnlyOnGpus; }) {
