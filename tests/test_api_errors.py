@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[[Communicator], Any], type[pycoll.Error], str]] 
     "not divisible": (lambda c: c.reduce_scatter(ones(5)), pycoll.UsageError, r"2 ranks divide, not shape \(5,\)"),
     "scalar to scatter": (lambda c: c.reduce_scatter(torch.tensor(1.0)), pycoll.UsageError, "first dimension"),
     "unknown op": (lambda c: c.all_reduce(ones(4), "mean"), pycoll.UsageError, "'mean': sum, avg"),
-    "unknown op, scatter": (lambda c: c.reduce_scatter(ones(4), "nand"), pycoll.UsageError, "'band': sum, avg"),
+    "unknown op, scatter": (lambda c: c.reduce_scatter(ones(4), "nand"), pycoll.UsageError, "'nand': sum, avg"),
     "unknown algorithm": (
         lambda c: c.all_reduce(ones(4), algorithm="star"),
         pycoll.UsageError,
