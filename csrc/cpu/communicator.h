@@ -13,6 +13,7 @@
 #include "cpu/attach.h"
 #include "cpu/elsewhere.h"
 #include "cpu/error.h"
+#include "cpu/mail.h"
 
 namespace pycoll::cpu {
 
@@ -72,7 +73,9 @@ class Communicator {
   static bool inside(const void* turns);
   const void* turns() const;
 
-  // Ends what is queued, tells the peers, gives everything back. Idempotent. Only tensors in the heap, while there are
+  Mail& mail();  // sends and receives, which neither wait for collectives nor delay them
+
+  // Ends what is queued and what is being sent, tells the peers, gives everything back. Idempotent. Only tensors in the heap, while there are
   // any, keep the memory mapped.
   void close();
   // Makes running and later calls fail on all ranks, with this text.
