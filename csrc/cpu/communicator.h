@@ -107,7 +107,9 @@ class Communicator {
   int world() const;
   bool closed() const;
   const Geometry& geometry() const;
-  size_t footprint() const;  // bytes of memory this rank has given: scratch until closed, and user tensors in the heap
+  // Bytes of memory this rank has given: scratch, lanes as far as they have been used, and messages that lie aside, until
+  // closed; and user tensors in the heap.
+  size_t footprint() const;
   std::chrono::milliseconds timeout() const;
   void set_timeout(std::chrono::milliseconds timeout);
 

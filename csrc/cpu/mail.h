@@ -46,7 +46,7 @@ class Request {
   // shorter `timeout` is left as it is, with an Error (kTimeout) as well. Lets signals in; what their handlers throw
   // ends the communicator, unless the request is asynchronous, which then goes on.
   void wait(std::optional<std::chrono::milliseconds> timeout = {}) const;
-  int source() const;  // the rank that has sent what was received; of a send, the rank itself
+  int source() const;  // the rank that has sent what was received; of a send, to whom
 
  private:
   std::shared_ptr<Letter> letter_;
