@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/cell.h"
+#include "core/mailbox.h"
 #include "core/partition.h"
 
 namespace pycoll {
@@ -24,6 +25,7 @@ struct Geometry {
   size_t link_bytes;      // one buffer of a connection
   size_t heap_bytes;      // address space for user tensors; memory is taken as they are made
   size_t word_bytes = 0;  // what one rank may send another at once in words (core/words.h), flags included; 0: nothing
+  size_t mail_bytes = 0;  // one buffer of a lane's pipe (core/mailbox.h); 0: there are no lanes
 
   static constexpr size_t kControlBytes = 4096;
   static constexpr size_t kPage = size_t{2} << 20;
@@ -38,7 +40,10 @@ struct Geometry {
     return links_offset() + static_cast<size_t>(channels) * kLinkBuffers * link_slots * link_bytes;
   }
   PYCOLL_HD size_t scratch_bytes() const { return words_offset() + channels * 2 * world * word_bytes; }
-  PYCOLL_HD size_t heap_offset() const { return round_up(scratch_bytes(), kPage); }
+  // Mailboxes take memory only when they are used, unlike the scratch.
+  PYCOLL_HD size_t mail_offset() const { return round_up(scratch_bytes(), 4096); }
+  PYCOLL_HD size_t mailbox_bytes() const { return Mailbox::bytes(mail_bytes); }
+  PYCOLL_HD size_t heap_offset() const { return round_up(mail_offset() + world * mailbox_bytes(), kPage); }
   PYCOLL_HD size_t segment_bytes() const { return heap_offset() + heap_bytes; }
   PYCOLL_HD size_t place_bytes() const { return slot_bytes / world / 64 * 64; }  // one rank's place in a slot
 };
@@ -72,6 +77,10 @@ struct PeerTable {
     const int buffer = kind == kTreeDown ? 2 : kind == kTreeUp1 ? 1 : 0;
     return base[receiver] + geometry.links_offset() +
            static_cast<size_t>(channel * kLinkBuffers + buffer) * geometry.link_slots * geometry.link_bytes;
+  }
+  // What rank `from` writes for rank `r` to read.
+  PYCOLL_HD Mailbox& mailbox(int r, int from) const {
+    return *reinterpret_cast<Mailbox*>(base[r] + geometry.mail_offset() + from * geometry.mailbox_bytes());
   }
   PYCOLL_HD std::byte* heap(int r) const { return base[r] + geometry.heap_offset(); }
 };

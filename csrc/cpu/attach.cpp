@@ -13,7 +13,7 @@ namespace pycoll::cpu {
 
 namespace {
 
-constexpr uint64_t kProtocol = 0x70796303;  // changes whenever a segment's layout or its use does
+constexpr uint64_t kProtocol = 0x70796304;  // changes whenever a segment's layout or its use does
 constexpr const char* kReachedAll = "0";    // else the kind of the error and its text
 
 struct Hello {
@@ -158,6 +158,7 @@ class Attach {
                   slot,
                   std::max(round_up(c.link_bytes, 64), size_t{64}),
                   round_up(c.heap_bytes, Geometry::kPage)};
+    a.geometry.mail_bytes = std::max(round_up(c.mail_bytes, 64), size_t{64});
     a.keeper = Keeper::get();
     segment_ = create_shared_memory("pycoll-segment", a.geometry.segment_bytes());
     a.segments.resize(world_);
@@ -235,6 +236,7 @@ Config Config::least(const std::vector<Config>& wishes) {
     c.link_slots = std::min(c.link_slots, w.link_slots);
     c.slot_bytes = std::min(c.slot_bytes, w.slot_bytes);
     c.link_bytes = std::min(c.link_bytes, w.link_bytes);
+    c.mail_bytes = std::min(c.mail_bytes, w.mail_bytes);
     c.heap_bytes = std::min(c.heap_bytes, w.heap_bytes);
     c.one_shot_max_bytes = std::min(c.one_shot_max_bytes, w.one_shot_max_bytes);
     c.channel_min_bytes = std::min(c.channel_min_bytes, w.channel_min_bytes);

@@ -40,6 +40,7 @@ struct Config {
   int link_slots = 4;
   size_t slot_bytes = size_t{512} << 10;
   size_t link_bytes = size_t{128} << 10;
+  size_t mail_bytes = size_t{128} << 10;  // a buffer of a lane (core/mailbox.h); memory is taken when a lane is used
   size_t heap_bytes = 0;
   size_t one_shot_max_bytes = size_t{32} << 10;  // `auto` takes one-shot to here, two-shot above
   size_t channel_min_bytes = size_t{512} << 10;  // a channel more for so many bytes of the tensor
@@ -59,7 +60,10 @@ struct Control {
   int32_t kind;       // ErrorKind
   int32_t culprit;
   char text[1024];
-  uint32_t waits_for;  // 1 + the rank that this one waits for by now more than an instant, else 0
+  // 1 + the rank that this one waits for by now more than an instant, else 0: in a collective, in a send or receive.
+  uint32_t waits_for, mail_waits_for;
+  uint32_t closing;  // 1: starts no send or receive any more
+  Doorbell doorbell;
   // For csrc/torch/cuda: how much of each rank's heap on a GPU this rank has mapped so far (csrc/README.md, G3).
   uint64_t mapped_device_heap[kMostDeviceRanks];
 };

@@ -12,6 +12,7 @@
 #include "cpu/executor.h"
 #include "cpu/heap.h"
 #include "cpu/lanes.h"
+#include "cpu/mail_office.h"
 #include "cpu/mismatch.h"
 #include "cpu/queue.h"
 
@@ -40,16 +41,20 @@ struct Communicator::Impl {
   std::function<void()> last;  // see on_close
   Queue queue;
   Lanes lanes;
+  std::shared_ptr<PostOffice> office;
+  Mail mail;
 
   Impl(std::shared_ptr<Attachment> a, std::chrono::milliseconds timeout)
       : attachment(std::move(a)),
         heap(std::make_shared<Heap>(attachment->table().heap(attachment->rank), attachment->geometry.heap_bytes)),
         table(attachment->table()),
         watch(*attachment, timeout),
+        // With a core for each rank a short wait is cheapest spun; else the peer we wait for needs our core.
+        spins(table.geometry.world <= attachment->cores ? 4000 : 32),
         windows(table.geometry.channels),
-        records(table.geometry.world) {
-    // With a core for each rank a short wait is cheapest spun; else the peer we wait for needs our core.
-    spins = table.geometry.world <= attachment->cores ? 4000 : 32;
+        records(table.geometry.world),
+        office(std::make_shared<PostOffice>(*attachment, watch, spins, &queue)),
+        mail(office) {
     for (int c = 0; c < table.geometry.channels; ++c) links.push_back(std::make_unique<ChannelLinks>(table, c));
   }
 
@@ -236,21 +241,21 @@ struct Communicator::Impl {
   }
 
   void close() {
-    if (Queue::inside(
-            &queue)) {  // a signal handler or a callback: end the call; who owns the communicator closes it later
+    if (Queue::inside(&queue)) {  // a handler or a callback: end the call; who owns the communicator closes it later
       return give_up("pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective");
     }
     const std::lock_guard guard(closing);
     if (closed) return;
     std::exception_ptr interrupted;
-    queue.stop([&] {
+    const auto interrupt = [&] {
       try {
-        check_interrupt();
+        let_interrupts_in("while it closed the communicator");
       } catch (...) {
-        give_up("pycoll: rank " + std::to_string(rank()) + " was interrupted while it closed the communicator");
         interrupted = std::current_exception();
       }
-    });
+    };
+    queue.stop(interrupt);
+    office->close(interrupt);
     lanes.stop();
     if (last) std::exchange(last, nullptr)();
     closed = true;
@@ -262,6 +267,15 @@ struct Communicator::Impl {
     if (interrupted) std::rethrow_exception(interrupted);
   }
 
+  // What a signal's handler throws ends the communicator.
+  void let_interrupts_in(const char* doing) {
+    try {
+      check_interrupt();
+    } catch (...) {
+      give_up("pycoll: rank " + std::to_string(rank()) + " was interrupted " + doing);
+      throw;
+    }
+  }
   void give_up(const std::string& why) { fail(Error(ErrorKind::kError, why, rank())); }
   void fail(const Error& error) {
     const std::lock_guard user(mapped);
@@ -318,14 +332,7 @@ void Communicator::run(const Turn& turn) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: a collective was called from within another, by a signal handler or a callback");
   }
-  const auto interrupt = [impl] {
-    try {
-      check_interrupt();
-    } catch (...) {
-      impl->give_up("pycoll: rank " + std::to_string(impl->rank()) + " was interrupted in a collective");
-      throw;
-    }
-  };
+  const auto interrupt = [impl] { impl->let_interrupts_in("in a collective"); };
   impl->queue.run([&](bool in_caller) { impl->take(turn, in_caller); }, interrupt);
 }
 
@@ -341,6 +348,8 @@ void Communicator::enqueue(Turn turn, std::function<void(std::exception_ptr)> do
 
 bool Communicator::inside(const void* turns) { return Queue::inside(turns); }
 const void* Communicator::turns() const { return &impl_->queue; }
+
+Mail& Communicator::mail() { return impl_->mail; }
 
 void Communicator::close() {
   if (!impl_->forked()) impl_->close();
@@ -399,7 +408,11 @@ int Communicator::world() const { return impl_->world(); }
 bool Communicator::closed() const { return impl_->closed; }
 const Geometry& Communicator::geometry() const { return impl_->table.geometry; }
 size_t Communicator::footprint() const {
-  return (impl_->closed ? 0 : impl_->table.geometry.scratch_bytes()) + impl_->heap->used();
+  const std::lock_guard user(impl_->mapped);
+  if (!impl_->attachment) return impl_->heap->used();
+  const Geometry& g = geometry();
+  const size_t lanes = resident_bytes(impl_->attachment->base[rank()] + g.mail_offset(), world() * g.mailbox_bytes());
+  return g.scratch_bytes() + lanes + impl_->office->bytes_aside() + impl_->heap->used();
 }
 std::chrono::milliseconds Communicator::timeout() const { return impl_->watch.timeout(); }
 void Communicator::set_timeout(std::chrono::milliseconds timeout) { impl_->watch.set_timeout(timeout); }

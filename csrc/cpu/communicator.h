@@ -13,6 +13,7 @@
 #include "cpu/attach.h"
 #include "cpu/elsewhere.h"
 #include "cpu/error.h"
+#include "cpu/mail.h"
 
 namespace pycoll::cpu {
 
@@ -73,7 +74,9 @@ class Communicator {
   static bool inside(const void* turns);
   const void* turns() const;
 
-  // Ends what is queued, tells the peers, gives everything back. Idempotent. Only tensors in the heap, while there are
+  Mail& mail();  // sends and receives, which neither wait for collectives nor delay them
+
+  // Ends what is queued and what is being sent, tells the peers, gives everything back. Idempotent. Only tensors in the heap, while there are
   // any, keep the memory mapped.
   void close();
   // Makes running and later calls fail on all ranks, with this text.
@@ -105,7 +108,9 @@ class Communicator {
   int world() const;
   bool closed() const;
   const Geometry& geometry() const;
-  size_t footprint() const;  // bytes of memory this rank has given: scratch until closed, and user tensors in the heap
+  // Bytes of memory this rank has given: scratch, lanes as far as they have been used, and messages that lie aside, until
+  // closed; and user tensors in the heap.
+  size_t footprint() const;
   std::chrono::milliseconds timeout() const;
   void set_timeout(std::chrono::milliseconds timeout);
 

@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cerrno>
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <fstream>
 #include <mutex>
+#include <vector>
 
 #include "cpu/error.h"
 
@@ -71,6 +73,13 @@ void release_pages(std::byte* begin, size_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(begin);
   const uintptr_t first = (address + 4095) / 4096 * 4096, last = (address + bytes) / 4096 * 4096;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_REMOVE);
+}
+
+size_t resident_bytes(std::byte* begin, size_t bytes) {
+  const size_t page = 4096;
+  std::vector<unsigned char> pages(bytes / page);
+  if (pages.empty() || mincore(begin, pages.size() * page, pages.data()) != 0) return 0;
+  return page * std::count_if(pages.begin(), pages.end(), [](unsigned char p) { return (p & 1) != 0; });
 }
 
 void futex_wait(const uint64_t& word, uint32_t seen, std::chrono::microseconds at_most) {

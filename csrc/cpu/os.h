@@ -54,6 +54,9 @@ void prefault(std::byte* begin, size_t bytes);
 // Gives whole pages back to the system; they read as zero afterwards.
 void release_pages(std::byte* begin, size_t bytes);
 
+// How many of these bytes, whole pages, have memory by now.
+size_t resident_bytes(std::byte* begin, size_t bytes);
+
 // Sleeps until the low half of `word` is no longer `seen`, somebody wakes it, or the time is over.
 void futex_wait(const uint64_t& word, uint32_t seen, std::chrono::microseconds at_most);
 void futex_wake_all(const uint64_t& word);

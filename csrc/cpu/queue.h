@@ -46,14 +46,15 @@ class Queue {
   // or a callback of `done`. It must neither run, nor stop, nor wait for a later call.
   static bool inside(const void* queue);
 
- private:
-  struct Inside {  // the calls that this thread is in, innermost first
+  struct Inside {  // while it lives, this thread is inside a call, or something as good as one; innermost first
     explicit Inside(const void* q);
     ~Inside();
     Inside(const Inside&) = delete;
     const void* queue;
     const Inside* outer;
   };
+
+ private:
   struct Job {
     std::function<void(bool)> call;
     Done done;

@@ -13,12 +13,6 @@ namespace pycoll::cpu {
 
 namespace {
 std::atomic<void (*)()> interrupt_check{nullptr};
-
-constexpr auto kMovesNap = std::chrono::microseconds(20);
-constexpr auto kFirstSleep = std::chrono::microseconds(1000), kLongestSleep = std::chrono::microseconds(20000);
-// Yielding is measured in time, not in turns: beside busy threads one turn can take 20 ms, and then sleeping costs
-// less.
-constexpr auto kYielding = std::chrono::microseconds(200), kLongTurn = std::chrono::microseconds(100);
 }  // namespace
 
 void set_interrupt_check(void (*check)()) { interrupt_check = check; }
@@ -48,12 +42,14 @@ void Watch::throw_if_any_rank_failed() const {
 void Watch::throw_if_any_rank_is_lost() const {
   throw_if_any_rank_failed();
   for (int r = 0; r < a_.geometry.world; ++r) {
-    if (r == a_.rank || load_acquire(a_.control(r).departed) != 0) continue;
-    if (a_.liveness[r].look() == Life::kDead) throw_dead(r);
+    if (r != a_.rank && fate(r) == Fate::kDead) throw lost(r, Fate::kDead);
   }
 }
 
 void Watch::waits_for(int peer) const { store_release(a_.control(a_.rank).waits_for, static_cast<uint32_t>(peer + 1)); }
+void Watch::mail_waits_for(int peer) const {
+  store_release(a_.control(a_.rank).mail_waits_for, static_cast<uint32_t>(peer + 1));
+}
 
 void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline,
                  std::chrono::milliseconds timeout) const {
@@ -65,41 +61,46 @@ void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline,
   }
   for (const Awaited& awaited : missing) look_at(awaited);
   for (const Awaited& awaited : missing) {
-    if (late && !awaited.here()) throw_late(awaited.peer, timeout);
+    if (late && !awaited.here()) throw this->late(awaited.peer, timeout, "");
   }
 }
 
 void Watch::look_at(const Awaited& awaited) const {
   // The news first, the cell after it: what a rank did before it died or left still counts.
-  const Life life = a_.liveness[awaited.peer].look();
-  const bool left = load_acquire(a_.control(awaited.peer).departed) != 0 || life == Life::kLeft;
-  if ((life == Life::kAlive && !left) || awaited.here()) return;
-  const std::string who = "pycoll: rank " + std::to_string(awaited.peer);
-  if (left) {
-    throw Error(ErrorKind::kPeerLost,
-                who + " has left: it closed its communicator while rank " + std::to_string(a_.rank) +
-                    " still waits for it. Do all ranks make the same calls?",
-                awaited.peer);
-  }
-  throw_dead(awaited.peer);
+  const Fate news = fate(awaited.peer);
+  if (news != Fate::kHere && !awaited.here()) throw lost(awaited.peer, news);
 }
 
-void Watch::throw_dead(int peer) {
-  throw Error(ErrorKind::kPeerLost, "pycoll: rank " + std::to_string(peer) + " is lost: its process has died", peer);
+Watch::Fate Watch::fate(int rank) const {
+  const Life life = a_.liveness[rank].look();
+  if (load_acquire(a_.control(rank).departed) != 0 || life == Life::kLeft) return Fate::kLeft;
+  return life == Life::kDead ? Fate::kDead : Fate::kHere;
 }
 
-void Watch::throw_late(int peer, std::chrono::milliseconds timeout) const {
+Error Watch::lost(int rank, Fate fate) const {
+  const std::string who = "pycoll: rank " + std::to_string(rank);
+  if (fate == Fate::kDead) return Error(ErrorKind::kPeerLost, who + " is lost: its process has died", rank);
+  return Error(ErrorKind::kPeerLost,
+               who + " has left: it closed its communicator while rank " + std::to_string(a_.rank) +
+                   " still waits for it. Do all ranks make the same calls?",
+               rank);
+}
+
+Error Watch::late(int peer, std::chrono::milliseconds timeout, const std::string& doing) const {
   int culprit = peer;  // who may itself be waiting for another, and so on: the last of the chain holds up all
-  for (int i = 0; i < a_.geometry.world; ++i) {
-    const uint32_t next = load_acquire(a_.control(culprit).waits_for);
+  for (int i = 0; culprit >= 0 && i < a_.geometry.world; ++i) {
+    const Control& c = a_.control(culprit);
+    const uint32_t in_collective = load_acquire(c.waits_for);
+    const uint32_t next = in_collective != 0 ? in_collective : load_acquire(c.mail_waits_for);
     if (next == 0 || next > static_cast<uint32_t>(a_.geometry.world) || static_cast<int>(next) - 1 == a_.rank) break;
     culprit = static_cast<int>(next) - 1;
   }
-  throw Error(ErrorKind::kTimeout,
-              "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout.count()) +
-                  " ms for rank " + std::to_string(culprit) +
-                  ", which is alive but did not come. Did it make this call? Raise the timeout if it is slow",
-              culprit);
+  const std::string who =
+      culprit < 0 ? "any rank: none came" : "rank " + std::to_string(culprit) + ", which is alive but did not come";
+  return Error(ErrorKind::kTimeout,
+               "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout.count()) + " ms" +
+                   doing + " for " + who + ". Did it make this call? Raise the timeout if it is slow",
+               culprit);
 }
 
 Error Watch::fail(const Error& error) const {

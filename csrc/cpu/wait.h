@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <span>
+#include <string>
 
 #include "core/atomic.h"
 #include "core/cell.h"
@@ -47,22 +48,35 @@ class Watch {
   void throw_if_failed() const;  // this rank's failure
   void throw_if_any_rank_failed() const;
 
+  // For waits that are not for cells (cpu/mail_office.h).
+  enum class Fate { kHere, kLeft, kDead };
+  Fate fate(int rank) const;
+  bool failed(int rank) const { return load_acquire(a_.control(rank).failed) != 0; }
+  void throw_failure_of(int rank) const;  // if it has one
+  Error lost(int rank, Fate fate) const;
+  // `doing`: what this rank does meanwhile. `peer`: -1 where any could have come.
+  Error late(int peer, std::chrono::milliseconds timeout, const std::string& doing) const;
+
   // Names the rank that this one waits for (-1: none), so that a time-out can follow the chain to the rank that holds
   // up all.
   void waits_for(int peer) const;
+  void mail_waits_for(int peer) const;  // the same of sends and receives, which go on beside collectives
 
   std::chrono::milliseconds timeout() const { return timeout_; }
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
 
  private:
-  void throw_failure_of(int rank) const;
   void look_at(const Awaited& awaited) const;
-  [[noreturn]] void throw_late(int peer, std::chrono::milliseconds timeout) const;
-  [[noreturn]] static void throw_dead(int peer);
 
   const Attachment& a_;
   std::atomic<std::chrono::milliseconds> timeout_;  // set by one thread, read by others
 };
+
+constexpr auto kMovesNap = std::chrono::microseconds(20);  // while a GPU moves something
+constexpr auto kFirstSleep = std::chrono::microseconds(1000), kLongestSleep = std::chrono::microseconds(20000);
+// Yielding is measured in time, not in turns: beside busy threads one turn can take 20 ms, and then sleeping costs
+// less.
+constexpr auto kYielding = std::chrono::microseconds(200), kLongTurn = std::chrono::microseconds(100);
 
 // Called by waits of the thread that called pycoll, about every 20 ms; throws to interrupt. (Python's signals: set by
 // csrc/torch.)
