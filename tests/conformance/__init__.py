@@ -1,0 +1,1 @@
+"""torch's own distributed test suite over any c10d backend. README.md explains."""
