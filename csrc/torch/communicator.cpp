@@ -108,10 +108,16 @@ class PyCommunicator {
   bool closed() const { return comm_->closed(); }
   size_t footprint() const { return comm_->footprint(); }
   size_t device_footprint() const {
-    return device_->has_device() ? device_->with([](const Device& d) { return d.footprint(); }) : 0;
+    const py::gil_scoped_release no_gil;  // whoever holds the heap's lock may wait for the GPU
+    size_t bytes = 0;
+    device_->if_any([&](const Device& d) { bytes = d.footprint(); });
+    return bytes;
   }
   std::string device() const {
-    return device_->has_device() ? device_->with([](const Device& d) { return d.describe(); }) : "";
+    const py::gil_scoped_release no_gil;
+    std::string what;
+    device_->if_any([&](const Device& d) { what = d.describe(); });
+    return what;
   }
   int channels() const { return comm_->geometry().channels; }
 

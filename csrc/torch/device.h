@@ -66,12 +66,18 @@ class DeviceSlot {
   auto with(const F& f) const {
     return state_->with(f);
   }
-  bool has_device() const;
+  // f(device), if there is one.
+  template <class F>
+  void if_any(const F& f) const {
+    state_->if_any(f);
+  }
   // Bytes in memory that peers map, also when the slot is gone: then it throws. None where peers map no memory.
   std::function<at::Tensor(int64_t)> allocator(at::Device device);
 
  private:
   friend class DeviceTurn;
+  bool has_device() const;
+
   struct State {
     std::mutex meeting;             // of ranks, which may take long
     mutable std::shared_mutex use;  // of what follows; exclusive only for a moment
@@ -83,6 +89,11 @@ class DeviceSlot {
       const std::shared_lock stays(use);
       if (!device) throw_closed();
       return f(*device);
+    }
+    template <class F>
+    void if_any(const F& f) const {
+      const std::shared_lock stays(use);
+      if (device) f(*device);
     }
     [[noreturn]] static void throw_closed();
   };

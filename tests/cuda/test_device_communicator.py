@@ -134,6 +134,7 @@ def _tensor_outlives(rank: Rank) -> float:
     x = comm.empty(1000, device="cuda")
     comm.all_reduce(x)
     comm.close()
+    assert comm.device_footprint() == 0
     x.fill_(3.0)
     with pytest.raises(pycoll.Error, match="closed"):
         comm.all_reduce(x)
