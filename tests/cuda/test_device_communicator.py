@@ -252,12 +252,12 @@ def error_of(call: Callable[[], None]) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("algorithm", ("two_shot", "ring", "one_shot_ll"))
-@pytest.mark.parametrize("where", (SHARED, OWN))
+@pytest.mark.parametrize(
+    ("where", "algorithm"),
+    (*itertools.product((SHARED, OWN), ("two_shot", "ring")), (OWN, "one_shot_ll")),
+)
 def test_mismatch_is_told(where: str, algorithm: str) -> None:
     needs(where, 2)
-    if where == SHARED and algorithm == "one_shot_ll":
-        pytest.skip("words are for ranks on GPUs of their own")
     with Processes(_mismatch, 2, where, algorithm) as ranks:
         for first, again in ranks.results(60):
             assert first.startswith("MismatchError") and "float32[10]" in first and "float32[11]" in first
