@@ -38,6 +38,8 @@ class Device {
   virtual void prepare(cpu::Call& call) = 0;
   // Orders the call on the current stream, and returns at once.
   virtual void launch(const cpu::Call& call) = 0;
+  // This rank cannot launch what the others do: running and later calls fail on all. What the host runs it tells itself.
+  virtual void fail(const std::string&) {}
 
   // For calls that others are not to wait for, and for what the host runs.
   virtual c10::Stream stream() const = 0;
@@ -111,7 +113,8 @@ class DeviceTurn {
   bool on_host() const { return on_host_; }
   c10::Stream stream() const { return stream_; }
 
-  // The call's parts, on its stream: the first waits for what the current stream held when the turn was made.
+  // The call's parts, on its stream: the first waits for what the current stream held when the turn was made, and if it
+  // throws, tells the other ranks.
   void begin(const std::function<void()>& load);
   void launch(const cpu::Call& call) const;  // where the host does not run it
   void end(const std::function<void()>& store);
