@@ -27,6 +27,7 @@ import pycoll_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 570  # for everything
+LEAST_SECONDS = 20.0  # with less a step is not begun
 GRACE = 5.0  # of a step's seconds, to write what it has when its time is over
 MARK = "PYCOLL_GPU_STEP"  # a variable by which the processes of a step are known, whatever became of their parents
 # Module -> what pip calls it, and the oldest version that will do: to build and to import pycoll; and of some steps.
@@ -151,7 +152,10 @@ def steps(python: Path, out: Path, environ: Mapping[str, str]) -> list[Step]:
 
 
 def run(chosen: Sequence[Step], environ: Mapping[str, str], seconds: float = SECONDS) -> list[str]:
-    """Run the steps, each bounded so that those after it have their time too. What went wrong, a line a step."""
+    """Run the steps, each bounded so that those after it have their time too. What went wrong, a line a step.
+
+    What the others need may take all the time there is: what it takes beyond its own is missing at the end.
+    """
     deadline = time.monotonic() + seconds
     wrong = []
     for place, step in enumerate(chosen):
@@ -159,7 +163,14 @@ def run(chosen: Sequence[Step], environ: Mapping[str, str], seconds: float = SEC
             wrong.append(f"{step.name} left out for want of {', '.join(step.lacks)}")
             print(f"make gpu: {wrong[-1]}", flush=True)
             continue
-        limit = deadline - time.monotonic() - sum(later.seconds for later in chosen[place + 1 :])
+        left = deadline - time.monotonic()
+        limit = max(left - sum(later.seconds for later in chosen[place + 1 :]), min(step.seconds, left))
+        if step.needed:
+            limit = left
+        if limit < min(step.seconds, LEAST_SECONDS):
+            wrong.append(f"{step.name} left out, as the time was over")
+            print(f"make gpu: {wrong[-1]}", flush=True)
+            continue
         print(f"make gpu: {step.name}, at most {limit:.0f} s", flush=True)
         began = time.monotonic()
         problem = _run_one(step, environ, limit)

@@ -618,6 +618,19 @@ def test_steps_of_make_gpu_go_on_after_failures(tmp_path: Path) -> None:
     ]
 
 
+def test_a_slow_build_of_make_gpu_takes_the_time_of_what_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pycoll_gpu, "GRACE", 0.0)
+    chosen = [
+        shell("build", "sleep 3", 2, needed=True),
+        shell("tests", "sleep 1.2", 2),
+        shell("bench", f"touch {tmp_path}/bench", 2),
+    ]
+    assert pycoll_gpu.run(chosen, {"PATH": os.defpath}, 5.2) == ["bench left out, as the time was over"]
+    assert not (tmp_path / "bench").exists()
+
+
 def test_a_step_of_make_gpu_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
     """Also what is in a session of its own, as a benchmark's ranks are; but it may first write what it has."""
     started = f"sleep 60 & echo $! > {tmp_path}/pid; setsid sleep 60 & echo $! > {tmp_path}/other"
