@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +29,7 @@ from rich.text import Text
 from pycoll._build import build_info
 from pycoll.communicator import Algorithm
 
-from . import machine, plot, report, timing
+from . import machine, report, timing
 from .driver import Contest
 from .gpu_ranks import EAGER, GRAPH
 from .groups import GroupFailed, Launch, RankGroup
@@ -43,7 +43,8 @@ NAMES: Mapping[Peer, str] = {
     "symm_mem": "torch symm_mem",
     "copy": "the copy",
 }
-PATIENCE = 90.0  # seconds for one order, or for all ranks to start
+PATIENCE = 90.0  # seconds for one order, or for all ranks to start; half of the run's seconds, but not less than
+LEAST_PATIENCE = 30.0
 _EFFORT = timing.Effort(seconds=1.5, min_rounds=3, max_rounds=15)
 _TENSORS = 8  # of the size that is measured, which a rank and its rivals hold at once, at most
 # Without these, NCCL and torch's symmetric memory refuse ranks that share a GPU.
@@ -142,12 +143,14 @@ def launches(config: GpuBench, setting: Setting, folder: Path) -> list[tuple[Lau
     return found
 
 
-def start(launched: Sequence[tuple[Launch, int]], stack: ExitStack, failures: list[str]) -> list[RankGroup]:
+def start(
+    launched: Sequence[tuple[Launch, int]], stack: ExitStack, failures: list[str], patience: float = PATIENCE
+) -> list[RankGroup]:
     """The groups of ranks that start, all at the same time; the others' reasons go to `failures`."""
 
     def begin(launch: Launch, ranks: int) -> RankGroup | str:
         try:
-            return RankGroup(launch, ranks, PATIENCE)
+            return RankGroup(launch, ranks, patience)
         except GroupFailed as error:
             return str(error)
 
@@ -161,8 +164,8 @@ def start(launched: Sequence[tuple[Launch, int]], stack: ExitStack, failures: li
     return groups
 
 
-def measure(config: GpuBench, setting: Setting) -> Found:
-    """Runs everything.
+def measure(config: GpuBench, setting: Setting, keep: Callable[[Found], object] = lambda found: None) -> Found:
+    """Runs everything. `keep` is given what has been found so far, after each size: what follows may hang.
 
     Raises:
         ValueError: the options make no sizes.
@@ -174,7 +177,9 @@ def measure(config: GpuBench, setting: Setting) -> Found:
     deadline = time.monotonic() + config.seconds
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pycoll-bench-")))
-        groups = start(launches(config, setting, folder), stack, found.reports[0].failures)
+        patience = min(PATIENCE, max(LEAST_PATIENCE, config.seconds / 2))
+        groups = start(launches(config, setting, folder), stack, found.reports[0].failures, patience)
+        keep(found)
         contests = [Contest(groups, each) for each in found.reports]
         columns = (TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
@@ -193,6 +198,7 @@ def measure(config: GpuBench, setting: Setting) -> Found:
                 progress.update(task, description=name)
                 for turn, contest in enumerate(contests):
                     contest.measure(size, _EFFORT, partial(show, place * len(contests) + turn))
+                keep(found)
         contests[0].facts()
     found.left_out += _absences(found.reports)
     return found
@@ -287,7 +293,13 @@ def caption(found: Found) -> Text:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Writes the picture: a row of panels for each dtype; graphs where there are any, else eager calls."""
+    """Writes the picture: a row of panels for each dtype; graphs where there are any, else eager calls.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from . import plot  # here, as `make gpu` installs nothing
+
     mode = found.setting.modes[-1]
     panels = [plot.panel(replace(each, rows=each.select(call=mode)), each.dtype) for each in found.reports if each.rows]
     setting = found.setting
@@ -315,21 +327,27 @@ def main(config: GpuBench) -> int:
     Returns:
         The exit code: 1 where pycoll failed or any result was wrong, 2 where there is no GPU or the options were bad.
     """
+    path = config.output / "gpu.json"
+
+    def keep(found: Found) -> None:
+        report.write(path, to_json(found))
+
     try:
-        found = measure(config, find_setting(config))
+        found = measure(config, find_setting(config), keep)
     except ValueError as error:
         Console(stderr=True).print(f"pycoll bench gpu: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     console = Console()
     console.width = max(console.width, 110)  # of a pipe it would be 80, too narrow for the table
     console.print(table(found))
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / "gpu.json"
-    path.write_text(to_json(found), encoding="utf-8")
+    keep(found)
     written = [path]
     if any(each.rows for each in found.reports):
-        draw(found, path.with_suffix(".png"))
-        written.append(path.with_suffix(".png"))
+        try:
+            draw(found, path.with_suffix(".png"))
+            written.append(path.with_suffix(".png"))
+        except ImportError as error:
+            console.print(f"no plot: {error}", markup=False)
     console.print(f"wrote {' and '.join(map(str, written))}", markup=False)
     return int(not succeeded(found))
 

@@ -152,7 +152,8 @@ def main(config: LocalGroupBench) -> int:
         Console(stderr=True).print("pycoll bench local-group: there is no CUDA GPU", style="red")
         return 2
     rows: list[Row] = []
-    left_out = []
+    left_out: list[str] = []
+    path = config.output / "local_group.json"
     deadline = time.monotonic() + config.seconds
     cases = cases_of(config, torch.cuda.mem_get_info()[0])
     for ranks, size, dtype, algorithms in track(cases, "measuring", console=Console(stderr=True)):
@@ -160,12 +161,19 @@ def main(config: LocalGroupBench) -> int:
             left_out.append(f"{ranks} ranks, {timing.format_bytes(size)}, {dtype}")
             continue
         rows += rows_of(ranks, size, dtype, algorithms)
+        report.write(path, to_json(rows, left_out))  # what follows may hang
         torch.cuda.empty_cache()
     console = Console(width=110)
     console.print(table(rows))
     if left_out:
         console.print(f"Left out, as {config.seconds:.0f} s were over before: {'; '.join(left_out)}", highlight=False)
-    config.output.mkdir(parents=True, exist_ok=True)
+    report.write(path, to_json(rows, left_out))
+    print(f"wrote {path}")
+    return 0
+
+
+def to_json(rows: list[Row], left_out: list[str]) -> str:
+    """All of it."""
     found = {
         "benchmark": "local-group",
         "machine": {**machine.describe(), "gpu": torch.cuda.get_device_name()},
@@ -173,10 +181,7 @@ def main(config: LocalGroupBench) -> int:
         "left_out": left_out,
         "rows": [{**asdict(row), "share_of_copy": row.share} for row in rows],
     }
-    path = config.output / "local_group.json"
-    path.write_text(json.dumps(found, indent=1))
-    print(f"wrote {path}")
-    return 0
+    return json.dumps(found, indent=1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -155,3 +156,13 @@ def notes(report: Report) -> Iterator[str]:
         )
     if "pycoll" in report.facts:
         yield f"footprint of a communicator: {report.facts['pycoll']['footprint'] / 2**20:.1f} MiB a rank"
+
+
+def write(path: Path, text: str) -> None:
+    """Makes it the file's whole text at once, in a folder that is made if need be: whoever is ended meanwhile leaves
+    the text before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

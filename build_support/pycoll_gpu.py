@@ -1,7 +1,8 @@
 """`make gpu`: build for the GPU that is there, test on it, check memory accesses, and time it, within ten minutes.
 
-It takes nothing from a network: the Python that runs this has torch and all else that is needed, or is told what it
-lacks before anything is built. Results go to the folder that the command line names.
+It takes nothing from a network: the Python that runs this has torch and all else that building needs, or is told what
+it lacks before anything is built. What only some steps need is told, and these are left out. Results go to the folder
+that the command line names.
 """
 
 import contextlib
@@ -9,11 +10,14 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import secrets
+import shlex
 import shutil
 import signal
 import site
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,17 +27,21 @@ import pycoll_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 570  # for everything
-# Module -> what pip calls it, and the oldest version that will do.
+LEAST_SECONDS = 20.0  # with less a step is not begun
+GRACE = 5.0  # of a step's seconds, to write what it has when its time is over
+MARK = "PYCOLL_GPU_STEP"  # a variable by which the processes of a step are known, whatever became of their parents
+# Module -> what pip calls it, and the oldest version that will do: to build and to import pycoll; and of some steps.
 NEEDS = {
     "torch": ("torch", "2.11"),
     "numpy": ("numpy", "1"),
     "pip": ("pip", "21.3"),
     "setuptools": ("setuptools", "77"),
-    "pytest": ("pytest", "8"),
-    "pytest_timeout": ("pytest-timeout", "2.3"),
-    "rich": ("rich", "0"),
-    "matplotlib": ("matplotlib", "0"),
 }
+TEST_NEEDS = {"pytest": ("pytest", "8")}
+TIMEOUT_NEEDS = {"pytest_timeout": ("pytest-timeout", "2.3")}
+BENCH_NEEDS = {"rich": ("rich", "0")}
+PLOT_NEEDS = {"matplotlib": ("matplotlib", "0")}
+SANITIZER = "compute-sanitizer"
 
 
 @dataclass(frozen=True)
@@ -44,16 +52,28 @@ class Step:
     command: Sequence[str | Path]
     seconds: int
     needed: bool = False  # by the steps that follow
+    lacks: Sequence[str] = ()  # why it is left out
 
 
-def lacking(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What this Python and this machine do not have, as pip or a user calls it."""
+def absent(needs: Mapping[str, tuple[str, str]]) -> list[str]:
+    """What this Python does not have, as pip calls it."""
     found = []
-    for module, (name, oldest) in NEEDS.items():
+    for module, (name, oldest) in needs.items():
         if importlib.util.find_spec(module) is None:
             found.append(name)
         elif _numbers(_version(name)) < _numbers(oldest):
             found.append(f"{name}>={oldest} (it has {_version(name)})")
+    return found
+
+
+def lacking(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What this Python and this machine do not have, and nothing can be built without, as pip or a user calls it."""
+    found = absent(NEEDS)
+    compiler = shlex.split(environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler, path=environ.get("PATH")) is None:
+        found.append(f"{compiler} (a C++ compiler; CXX names another)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        found.append("Python.h (Python's headers)")
     if shutil.which("ninja", path=environ.get("PATH")) is None:
         found.append("ninja")
     if pycoll_cuda.find_nvcc(environ) is None:
@@ -87,23 +107,30 @@ def environment(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", folder], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / version / "site-packages"
-    # With what is installed there for development: torch loads the entry points of all packages that it sees.
-    lines = [f"import site; site.addsitedir({folder!r})" for folder in site.getsitepackages()]
+    # With what is installed there for development, since torch loads the entry points of all packages that it sees; and
+    # those of sys.path too: an environment may have been given the packages of another by a file like this one.
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    folders = dict.fromkeys([*site.getsitepackages(), *others])
+    lines = [f"import site; site.addsitedir({path!r})" for path in folders]
     (packages / "machine.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "bin" / "python"
 
 
-def steps(python: Path, out: Path) -> list[Step]:
+def steps(python: Path, out: Path, environ: Mapping[str, str]) -> list[Step]:
     """What to do, in order."""
     install: list[str | Path] = ["install", "--no-index", "--no-build-isolation", "--no-deps", "--editable", ROOT]
     tests: list[str | Path] = [python, "-m", "pytest", "-m", "cuda", ROOT / "tests" / "cuda"]
+    if absent(TIMEOUT_NEEDS):  # whose settings pytest then does not know
+        tests += ["-o", "addopts=-ra"]
+    no_tests = absent(TEST_NEEDS)
     found = [
         Step("build", [python, "-m", "pip", *install], 240, needed=True),
-        Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 100),
+        Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 100, lacks=no_tests),
     ]
+    no_sanitizer = [] if shutil.which(SANITIZER, path=environ.get("PATH")) else [SANITIZER]
     for tool in ("memcheck", "synccheck"):
         sanitizer: list[str | Path] = [
-            "compute-sanitizer",
+            SANITIZER,
             "--tool",
             tool,
             "--error-exitcode",
@@ -111,9 +138,10 @@ def steps(python: Path, out: Path) -> list[Step]:
             "--log-file",
             out / f"{tool}.txt",
         ]
-        found.append(Step(tool, [*sanitizer, *tests, "-q", "-k", "every_dtype and 3"], 30))
-    # The benchmarks end by themselves before they are ended, so that they write what they have. Called without their
-    # command line, whose library a machine may lack.
+        chosen = [*sanitizer, *tests, "-q", "-k", "every_dtype and 3"]
+        found.append(Step(tool, chosen, 30, lacks=[*no_tests, *no_sanitizer]))
+    # The benchmarks begin nothing more some time before they are ended, and write what they have after each case. They
+    # are called without their command line, whose library a machine may lack.
     for name, settings, seconds in (
         ("local_group", "LocalGroupBench(seconds=40, forced_factor=16", 70),
         ("gpu", "GpuBench(seconds=60", 100),
@@ -122,16 +150,30 @@ def steps(python: Path, out: Path) -> list[Step]:
             f"import sys; from pathlib import Path; from pycoll.benchmarks.{name} import *; "
             f"sys.exit(main({settings}, output=Path(sys.argv[1]))))"
         )
-        found.append(Step(name, [python, "-c", program, out], seconds))
+        found.append(Step(name, [python, "-c", program, out], seconds, lacks=absent(BENCH_NEEDS)))
     return found
 
 
 def run(chosen: Sequence[Step], environ: Mapping[str, str], seconds: float = SECONDS) -> list[str]:
-    """Run the steps, each bounded so that those after it have their time too. What went wrong, a line a step."""
+    """Run the steps, each bounded so that those after it have their time too. What went wrong, a line a step.
+
+    What the others need may take all the time there is: what it takes beyond its own is missing at the end.
+    """
     deadline = time.monotonic() + seconds
     wrong = []
     for place, step in enumerate(chosen):
-        limit = deadline - time.monotonic() - sum(later.seconds for later in chosen[place + 1 :])
+        if step.lacks:
+            wrong.append(f"{step.name} left out for want of {', '.join(step.lacks)}")
+            print(f"make gpu: {wrong[-1]}", flush=True)
+            continue
+        left = deadline - time.monotonic()
+        limit = max(left - sum(later.seconds for later in chosen[place + 1 :]), min(step.seconds, left))
+        if step.needed:
+            limit = left
+        if limit < min(step.seconds, LEAST_SECONDS):
+            wrong.append(f"{step.name} left out, as the time was over")
+            print(f"make gpu: {wrong[-1]}", flush=True)
+            continue
         print(f"make gpu: {step.name}, at most {limit:.0f} s", flush=True)
         began = time.monotonic()
         problem = _run_one(step, environ, limit)
@@ -145,24 +187,42 @@ def run(chosen: Sequence[Step], environ: Mapping[str, str], seconds: float = SEC
 
 def _run_one(step: Step, environ: Mapping[str, str], limit: float) -> str | None:
     """None where it succeeded, else what happened."""
+    mark = f"{MARK}={secrets.token_hex(8)}"
+    name, _, value = mark.partition("=")
     try:
-        process = subprocess.Popen(step.command, env=environ, start_new_session=True)
+        process = subprocess.Popen(step.command, env={**environ, name: value}, start_new_session=True)
     except OSError as error:
         return f"could not be started ({error})"
     try:
-        status = process.wait(max(1.0, limit))
+        status = process.wait(max(1.0, limit - GRACE))
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # pytest writes its report then
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
         return f"was ended, as it was not done in {limit:.0f} s"
     finally:  # also of Ctrl-C: the processes that it started, too
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _end_marked(mark)
     return None if status == 0 else f"failed with status {status}"
+
+
+def _end_marked(mark: str) -> None:
+    """What a step has left behind in sessions of its own, such as a benchmark's ranks, would keep the GPU busy."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone, or somebody else's
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def main(out: Path) -> int:
     """Everything; the exit status."""
-    missing = lacking()
+    began = time.monotonic()
+    environ = {**os.environ, "PYCOLL_CUDA": "1"}
+    # Programs that came with this Python, such as ninja, whether or not its environment is the active one.
+    environ["PATH"] = os.pathsep.join([environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    missing = lacking(environ)
     if missing:
         print(
             f"make gpu: {sys.executable} lacks {', '.join(missing)}. Nothing is taken from a network: install what is "
@@ -170,12 +230,16 @@ def main(out: Path) -> int:
             file=sys.stderr,
         )
         return 1
-    environ = {**os.environ, "PYCOLL_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture()}
-    nvcc = pycoll_cuda.find_nvcc()
+    for needs, effect in ((TIMEOUT_NEEDS, "a test that hangs ends them all"), (PLOT_NEEDS, "there is no plot")):
+        if without := absent(needs):
+            print(f"make gpu: for want of {', '.join(without)}, {effect}", flush=True)
+    environ["TORCH_CUDA_ARCH_LIST"] = architecture()
+    nvcc = pycoll_cuda.find_nvcc(environ)
     if nvcc is not None:  # compute-sanitizer lies beside it
-        environ["PATH"] = os.pathsep.join([environ.get("PATH", os.defpath), str(nvcc.home / "bin")])
+        environ["PATH"] = os.pathsep.join([environ["PATH"], str(nvcc.home / "bin"), str(nvcc.home / SANITIZER)])
     out.mkdir(parents=True, exist_ok=True)
-    wrong = run(steps(environment(ROOT / "build" / "gpu"), out.resolve()), environ)
+    python = environment(ROOT / "build" / "gpu")
+    wrong = run(steps(python, out.resolve(), environ), environ, SECONDS - (time.monotonic() - began))
     print(f"make gpu: {'; '.join(wrong) or 'all passed'}; results in {out}")
     return 1 if wrong else 0
 

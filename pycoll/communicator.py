@@ -358,7 +358,7 @@ class Communicator:
             "closed"
             if self.closed
             else f"{self._impl.channels} channels, {self.footprint() / 2**20:.1f} MiB, {_C.simd}"
-            + (f"; {self._impl.device}" if self._impl.device else "")
+            + (f"; {device}" if (device := self._impl.device) else "")
         )
         return f"<pycoll.Communicator rank {self.rank} of {self.world_size}: {state}>"
 

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not cuda["built"]:
         missing = f"pycoll built without CUDA: {cuda['reason']}"
     elif not torch.cuda.is_available():
-        missing = "no CUDA GPU"
+        missing = f"torch {torch.__version__} sees no CUDA GPU"
     else:
         return
     for item in items:

@@ -393,6 +393,27 @@ def test_no_size_is_begun_late_or_without_room(tmp_path: Path) -> None:
     assert found.left_out == ["8 B: -1 s were over before", "4 GiB: the tensors do not fit in the memory that is free"]
 
 
+@pytest.mark.usefixtures("without_gpus")
+def test_what_was_found_on_gpus_is_kept_after_each_size() -> None:
+    """A kernel that hangs must not cost what was measured before."""
+    kept: list[list[int]] = []
+    config = gpu.GpuBench(smallest="8B", largest="64B", factor=8, dtypes=("float32",), contenders=("pycoll",))
+    gpu.measure(config, SETTING, lambda found: kept.append([row.size for row in found.reports[0].rows]))
+    assert kept == [[], [8, 8], [8, 8, 64, 64]]
+
+
+@pytest.mark.usefixtures("without_gpus")
+def test_no_plot_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr("pycoll.benchmarks.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "pycoll.benchmarks.plot", None)  # type: ignore[arg-type]
+    config = gpu.GpuBench(smallest="8B", largest="8B", dtypes=("float32",), contenders=("pycoll",), output=tmp_path)
+    assert gpu.main(config) == 0
+    assert "no plot: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
 def test_a_machine_without_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(gpu.GpuBench()) == 2

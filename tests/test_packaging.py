@@ -1,5 +1,6 @@
 """The package: built for the torch of the environment, checked when imported, with CUDA or a reason why not."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -505,9 +507,12 @@ def test_make_gpu_names_what_is_missing_before_it_builds(
     monkeypatch.setattr(pycoll_gpu, "run", lambda *_: pytest.fail("it was built"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "g++ -m64")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert pycoll_gpu.main(tmp_path / "out") == 1
     said = capsys.readouterr().err
-    assert f"lacks absent-a, numpy>=999 (it has {importlib.metadata.version('numpy')}), ninja, nvcc" in said
+    compiler = "g++ (a C++ compiler; CXX names another)"
+    assert f"lacks absent-a, numpy>=999 (it has {importlib.metadata.version('numpy')}), {compiler}, ninja, nvcc" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -516,7 +521,7 @@ def test_make_gpu_needs_what_the_project_requires() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     required = project["build-system"]["requires"] + project["project"]["optional-dependencies"]["dev"]
     oldest = dict(line.split(">=") for line in required if ">=" in line)
-    needs = dict(pycoll_gpu.NEEDS.values())
+    needs = dict([*pycoll_gpu.NEEDS.values(), *pycoll_gpu.TEST_NEEDS.values(), *pycoll_gpu.TIMEOUT_NEEDS.values()])
     assert {name: needs[name] for name in oldest.keys() & needs.keys()} == {
         name: oldest[name] for name in ("setuptools", "pytest", "pytest-timeout")
     }
@@ -540,11 +545,62 @@ def test_the_environment_of_make_gpu_has_what_this_one_has(tmp_path: Path) -> No
 
 
 def test_make_gpu_ends_in_time(tmp_path: Path) -> None:
-    assert sum(step.seconds for step in pycoll_gpu.steps(Path("python"), tmp_path)) <= pycoll_gpu.SECONDS < 600
+    chosen = pycoll_gpu.steps(Path("python"), tmp_path, os.environ)
+    assert sum(step.seconds for step in chosen) <= pycoll_gpu.SECONDS < 600
+    assert all(step.seconds > pycoll_gpu.GRACE for step in chosen)
+
+
+def test_make_gpu_leaves_out_what_this_machine_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = {"absent_a": ("absent-a", "1")}
+    monkeypatch.setattr(pycoll_gpu, "BENCH_NEEDS", absent)
+    monkeypatch.setattr(pycoll_gpu, "TIMEOUT_NEEDS", absent)
+    chosen = pycoll_gpu.steps(Path("python"), tmp_path, {"PATH": str(tmp_path)})
+    lacks = {step.name: list(step.lacks) for step in chosen}
+    sanitizer, library = ["compute-sanitizer"], ["absent-a"]
+    assert lacks == {
+        "build": [], "tests": [], "memcheck": sanitizer, "synccheck": sanitizer, "local_group": library, "gpu": library,
+    }  # fmt: skip
+    assert "addopts=-ra" in chosen[1].command, "pytest takes no offence at settings of a plugin that is not there"
+    monkeypatch.setattr(pycoll_gpu, "TEST_NEEDS", absent)
+    chosen = pycoll_gpu.steps(Path("python"), tmp_path, os.environ)
+    assert chosen[1].lacks == library
+    left_out = [pycoll_gpu.Step("first", ["absent"], 1, lacks=library), shell("second", f"touch {tmp_path}/second")]
+    assert pycoll_gpu.run(left_out, {}, 60) == ["first left out for want of absent-a"]
+    assert (tmp_path / "second").exists() and "make gpu: first left out" in capsys.readouterr().out
 
 
 def shell(name: str, script: str, seconds: int = 1, needed: bool = False) -> pycoll_gpu.Step:
     return pycoll_gpu.Step(name, ["/bin/sh", "-c", script], seconds, needed)
+
+
+def test_make_gpu_tells_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "there" / "results"
+    said = 'echo "$PYCOLL_CUDA $TORCH_CUDA_ARCH_LIST" > "$0/said"'
+
+    def steps(python: Path, folder: Path, environ: dict[str, str]) -> list[pycoll_gpu.Step]:
+        assert Path(environ["PATH"].split(os.pathsep)[-1]).name == "compute-sanitizer"
+        return [
+            pycoll_gpu.Step("first", ["/bin/sh", "-c", said, folder], 1),
+            shell("second", "exit 1"),
+            pycoll_gpu.Step("third", ["absent"], 1, lacks=["rich"]),
+        ]
+
+    nvcc = pycoll_cuda.Nvcc(tmp_path / "bin" / "nvcc", tmp_path, "13.0", ("9.0",))
+    monkeypatch.setattr(pycoll_cuda, "find_nvcc", lambda environ: nvcc)
+    monkeypatch.setattr(pycoll_gpu, "lacking", lambda environ: [])
+    monkeypatch.setattr(pycoll_gpu, "architecture", lambda: "9.0")
+    monkeypatch.setattr(pycoll_gpu, "environment", lambda folder: tmp_path / "python")
+    monkeypatch.setattr(pycoll_gpu, "PLOT_NEEDS", {"absent_a": ("absent-a", "1")})
+    monkeypatch.setattr(pycoll_gpu, "steps", steps)
+    assert pycoll_gpu.main(out) == 1
+    assert (out / "said").read_text() == "1 9.0\n"
+    told = capfd.readouterr().out
+    assert "for want of absent-a, there is no plot" in told
+    assert f"make gpu: second failed with status 1; third left out for want of rich; results in {out}" in told
 
 
 def test_steps_of_make_gpu_go_on_after_failures(tmp_path: Path) -> None:
@@ -562,8 +618,37 @@ def test_steps_of_make_gpu_go_on_after_failures(tmp_path: Path) -> None:
     ]
 
 
+def test_a_slow_build_of_make_gpu_takes_the_time_of_what_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pycoll_gpu, "GRACE", 0.0)
+    chosen = [
+        shell("build", "sleep 3", 2, needed=True),
+        shell("tests", "sleep 1.2", 2),
+        shell("bench", f"touch {tmp_path}/bench", 2),
+    ]
+    assert pycoll_gpu.run(chosen, {"PATH": os.defpath}, 5.2) == ["bench left out, as the time was over"]
+    assert not (tmp_path / "bench").exists()
+
+
 def test_a_step_of_make_gpu_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
-    chosen = [shell("slow", f"sleep 60 & echo $! > {tmp_path}/pid; wait", 1), shell("later", "exit 0", 30)]
-    assert pycoll_gpu.run(chosen, {"PATH": os.defpath}, 31.0) == ["slow was ended, as it was not done in 1 s"]
-    state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    """Also what is in a session of its own, as a benchmark's ranks are; but it may first write what it has."""
+    started = f"sleep 60 & echo $! > {tmp_path}/pid; setsid sleep 60 & echo $! > {tmp_path}/other"
+    script = f"trap 'echo report > {tmp_path}/report; exit' INT; {started}; wait"
+    chosen = [shell("slow", script, 6), shell("later", "exit 0", 30)]
+    assert pycoll_gpu.run(chosen, {"PATH": os.defpath}, 36.0) == ["slow was ended, as it was not done in 6 s"]
+    assert (tmp_path / "report").exists()
+    for name in ("pid", "other"):
+        assert ends(int((tmp_path / name).read_text())), name
+
+
+def ends(pid: int) -> bool:
+    """Whether the process has ended, or does within 5 s: being killed takes a moment."""
+    state = Path(f"/proc/{pid}/stat")
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            if state.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.05)
+                continue
+        return True
+    return False

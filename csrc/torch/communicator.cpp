@@ -101,10 +101,16 @@ class PyCommunicator {
   bool closed() const { return caller_.comm().closed(); }
   size_t footprint() const { return caller_.comm().footprint(); }
   size_t device_footprint() const {
-    return caller_.device().has_device() ? caller_.device().with([](const Device& d) { return d.footprint(); }) : 0;
+    const py::gil_scoped_release no_gil;  // whoever holds the heap's lock may wait for the GPU
+    size_t bytes = 0;
+    caller_.device().if_any([&](const Device& d) { bytes = d.footprint(); });
+    return bytes;
   }
   std::string device() const {
-    return caller_.device().has_device() ? caller_.device().with([](const Device& d) { return d.describe(); }) : "";
+    const py::gil_scoped_release no_gil;
+    std::string what;
+    caller_.device().if_any([&](const Device& d) { what = d.describe(); });
+    return what;
   }
   int channels() const { return caller_.comm().geometry().channels; }
 

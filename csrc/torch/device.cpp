@@ -100,9 +100,17 @@ DeviceTurn::DeviceTurn(const std::shared_ptr<const DeviceSlot::State>& slot, con
 }
 
 void DeviceTurn::begin(const std::function<void()>& load) {
-  const c10::StreamGuard on(stream_);
-  if (!same_stream_) ready_.block(stream_);
-  load();
+  try {
+    const c10::StreamGuard on(stream_);
+    if (!same_stream_) ready_.block(stream_);
+    load();
+  } catch (const std::exception& e) {  // the others must not wait for a call that is not launched
+    const auto* of_torch = dynamic_cast<const c10::Error*>(&e);
+    std::string why = of_torch ? of_torch->what_without_backtrace() : e.what();
+    if (why.empty()) why = "an exception of Python's";
+    slot_->if_any([&](Device& device) { device.fail("reading its tensors failed: " + why); });
+    throw;
+  }
 }
 
 void DeviceTurn::launch(const cpu::Call& call) const {

@@ -39,6 +39,8 @@ class Device {
   virtual void prepare(cpu::Call& call) = 0;
   // Orders the call on the current stream, and returns at once.
   virtual void launch(const cpu::Call& call) = 0;
+  // This rank cannot launch what the others do: running and later calls fail on all. What the host runs it tells itself.
+  virtual void fail(const std::string&) {}
 
   // For calls that others are not to wait for, and for what the host runs.
   virtual c10::Stream stream() const = 0;
@@ -67,12 +69,18 @@ class DeviceSlot {
   auto with(const F& f) const {
     return state_->with(f);
   }
-  bool has_device() const;
+  // f(device), if there is one.
+  template <class F>
+  void if_any(const F& f) const {
+    state_->if_any(f);
+  }
   // Bytes in memory that peers map, also when the slot is gone: then it throws. None where peers map no memory.
   std::function<at::Tensor(int64_t)> allocator(at::Device device);
 
  private:
   friend class DeviceTurn;
+  bool has_device() const;
+
   struct State {
     std::mutex meeting;             // of ranks, which may take long
     mutable std::shared_mutex use;  // of what follows; exclusive only for a moment
@@ -84,6 +92,11 @@ class DeviceSlot {
       const std::shared_lock stays(use);
       if (!device) throw_closed();
       return f(*device);
+    }
+    template <class F>
+    void if_any(const F& f) const {
+      const std::shared_lock stays(use);
+      if (device) f(*device);
     }
     [[noreturn]] static void throw_closed();
   };
@@ -101,7 +114,8 @@ class DeviceTurn {
   bool on_host() const { return on_host_; }
   c10::Stream stream() const { return stream_; }
 
-  // The turn's parts, on its stream: the first waits for what the current stream held when the turn was made.
+  // The turn's parts, on its stream: the first waits for what the current stream held when the turn was made, and if it
+  // throws, tells the other ranks.
   void begin(const std::function<void()>& load);
   void launch(const cpu::Call& call) const;  // where the host does not run it
   void end(const std::function<void()>& store);

@@ -8,5 +8,6 @@ SHARED, OWN, ALONE = "processes that share a GPU", "a GPU for each rank", "a GPU
 
 def needs(where: str, world_size: int) -> None:
     """Skips where there are too few GPUs."""
-    if where != SHARED and torch.cuda.device_count() < world_size:
-        pytest.skip(f"needs {world_size} GPUs")
+    gpus = torch.cuda.device_count()
+    if where != SHARED and gpus < world_size:
+        pytest.skip(f"needs {world_size} GPUs, of which there are {gpus}")

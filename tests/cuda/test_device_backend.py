@@ -5,6 +5,7 @@ import reference
 import torch
 import torch.distributed as dist
 from places import OWN, SHARED, needs
+from test_device_communicator import Unreadable, UnreadableError, error_of, void
 
 import pycoll
 from pycoll.testing import Processes, Rank
@@ -130,6 +131,27 @@ def test_distributed_data_parallel(where: str, fake_cuda: bool) -> None:
         theirs = ranks.results(120)
     assert ours[0][-1] == ours[1][-1], "the same weights on all ranks"
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+
+
+def _unreadable(rank: Rank) -> str:
+    device = init(rank, OWN, "pycoll")
+    x = torch.ones(10, 2, device=device)
+    dist.all_reduce(x)
+    group = dist.group.WORLD
+    assert group is not None
+    backend = group._get_backend(device)
+    if rank.rank == 1:
+        with Unreadable(), pytest.raises(UnreadableError, match="it cannot be copied"):
+            backend.allreduce([x[:, 1]])
+    return error_of(lambda: void(dist.all_reduce(x[:, 1].contiguous(), async_op=True)))
+
+
+def test_rank_that_cannot_read_its_tensor_tells_the_others() -> None:
+    """Long before the time-out, which is half an hour."""
+    needs(OWN, 2)
+    with Processes(_unreadable, 2) as ranks:
+        for text in ranks.results(60):
+            assert text.startswith("Error: pycoll: rank 1 ")
 
 
 def _mismatch(rank: Rank) -> str:

@@ -5,12 +5,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
 import torch
 import torch.distributed as dist
 from places import ALONE, OWN, SHARED, needs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pycoll
 from pycoll import Communicator
@@ -134,6 +136,7 @@ def _tensor_outlives(rank: Rank) -> float:
     x = comm.empty(1000, device="cuda")
     comm.all_reduce(x)
     comm.close()
+    assert comm.device_footprint() == 0
     x.fill_(3.0)
     with pytest.raises(pycoll.Error, match="closed"):
         comm.all_reduce(x)
@@ -251,12 +254,12 @@ def error_of(call: Callable[[], None]) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("algorithm", ("two_shot", "ring", "one_shot_ll"))
-@pytest.mark.parametrize("where", (SHARED, OWN))
+@pytest.mark.parametrize(
+    ("where", "algorithm"),
+    (*itertools.product((SHARED, OWN), ("two_shot", "ring")), (OWN, "one_shot_ll")),
+)
 def test_mismatch_is_told(where: str, algorithm: str) -> None:
     needs(where, 2)
-    if where == SHARED and algorithm == "one_shot_ll":
-        pytest.skip("words are for ranks on GPUs of their own")
     with Processes(_mismatch, 2, where, algorithm) as ranks:
         for first, again in ranks.results(60):
             assert first.startswith("MismatchError") and "float32[10]" in first and "float32[11]" in first
@@ -304,6 +307,47 @@ def test_peer_that_left_is_named(where: str) -> None:
     with Processes(_left, 2, where) as ranks:
         text = ranks.result(0, 60)
         assert text.startswith("PeerLostError") and "rank 1 has left" in text
+
+
+class UnreadableError(RuntimeError):
+    """What Unreadable raises."""
+
+
+class Unreadable(TorchDispatchMode):
+    """Makes copying fail in this thread, as where a strided tensor is made dense, and memory or a kernel is missing."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            raise UnreadableError("it cannot be copied")
+        return func(*args, **kwargs or {})
+
+
+def _unreadable(rank: Rank, where: str) -> tuple[str, float]:
+    comm = seat(rank, where)
+    x = torch.ones(10, 2, device="cuda")
+    comm.all_reduce(x)
+    rank.say("met")
+    rank.listen()
+    began = time.monotonic()
+    if rank.rank == 1:
+        with Unreadable(), pytest.raises(UnreadableError, match="it cannot be copied"):
+            comm.all_reduce(x[:, 1])
+    return error_of(lambda: void(comm.all_reduce(x[:, 1].contiguous()))), time.monotonic() - began
+
+
+@pytest.mark.parametrize("where", (SHARED, OWN))
+def test_rank_that_cannot_read_its_tensor_tells_the_others(where: str) -> None:
+    needs(where, 3)
+    with Processes(_unreadable, 3, where) as ranks:
+        for r in range(3):
+            assert ranks.hear(r) == "met"
+        for r in range(3):
+            ranks.tell(r, "go")
+        for text, seconds in ranks.results(60):
+            assert text.startswith("Error: pycoll: rank 1 ")
+            assert seconds < 15, "the others do not wait for the time-out of 30 s"
 
 
 def _freed_early(rank: Rank) -> None:

@@ -10,6 +10,7 @@
 #include "core/atomic.h"
 #include "core/words.h"
 #include "cpu/mismatch.h"
+#include "torch/gil.h"
 
 namespace pycoll::bindings {
 
@@ -113,6 +114,7 @@ Launcher::Launcher(at::Device device, const Geometry& geometry, const std::vecto
 }
 
 Launcher::~Launcher() {
+  const GilReleased others_run;                                                        // a LocalGroup's may be Python's
   const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
   try {
     wait();

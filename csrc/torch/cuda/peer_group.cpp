@@ -192,12 +192,18 @@ void PeerGroup::launch(const cpu::Call& call) {
   try {
     launch(call, choice);
   } catch (const std::exception& e) {  // the others, who launch theirs, must not wait for this one
-    const Error error(ErrorKind::kError, e.what(), rank_);
-    failure_->set(std::make_exception_ptr(error));
-    monitor_.fail(error);
-    launcher_->abort();
-    throw error;
+    fail(e.what());
+    failure_->throw_if_any();
   }
+}
+
+void PeerGroup::fail(const std::string& why) {
+  const std::string what = why.substr(why.starts_with("pycoll: ") ? 8 : 0);
+  const Error error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank_) + " could not launch a call: " + what,
+                    rank_);
+  failure_->set(std::make_exception_ptr(error));
+  monitor_.fail(error);
+  launcher_->abort();
 }
 
 void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {

@@ -25,6 +25,7 @@ class PeerGroup : public Device {
   bool on_host() const override { return false; }
   void prepare(cpu::Call&) override {}
   void launch(const cpu::Call& call) override;
+  void fail(const std::string& why) override;
   c10::Stream stream() const override { return stream_; }
   at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) override;
   size_t footprint() const override;

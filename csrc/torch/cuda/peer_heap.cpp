@@ -11,6 +11,7 @@
 #include "core/record.h"
 #include "cpu/error.h"
 #include "torch/cuda/launcher.h"
+#include "torch/gil.h"
 
 namespace pycoll::bindings {
 
@@ -21,12 +22,15 @@ constexpr size_t kAlignment = 512;
 }  // namespace
 
 PeerHeap::~PeerHeap() {
+  const GilReleased others_run;  // the last owner may be Python, of a storage say
   try {
     const c10::cuda::CUDAGuard on(device);
     const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);
     c10::cuda::device_synchronize();
   } catch (...) {  // a device that has failed, or that is shut down at the end of the process
   }
+  kept.clear();  // here, as unmapping may wait too
+  parts.clear();
 }
 
 bool PeerHeap::Freed::ended() const noexcept {
@@ -75,7 +79,11 @@ std::byte* PeerHeap::take(size_t bytes) {
 }
 
 void PeerHeap::give_back(std::byte* block) {
-  const std::lock_guard guard(lock);
+  std::unique_lock guard(lock, std::try_to_lock);
+  if (!guard) {  // take() holds it while it waits for the GPU
+    const GilReleased others_run;
+    guard.lock();
+  }
   try {
     const c10::cuda::CUDAGuard on(device);
     const at::cuda::CUDAStream current = at::cuda::getCurrentCUDAStream();
