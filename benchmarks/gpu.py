@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pycoll._build import build_info
-from pycoll.communicator import Algorithm
+from pycoll.collectives import Algorithm
 
 from . import machine, report, timing
 from .driver import Contest

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 import pycoll
-from pycoll.communicator import Algorithm
+from pycoll.collectives import Algorithm
 
 from . import machine, report, timing
 

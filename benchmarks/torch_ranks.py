@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import pycoll
-from pycoll.communicator import Algorithm
+from pycoll.collectives import Algorithm
 
 from . import ranks, values
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pycoll import _C
 from pycoll._build import build_info
-from pycoll.communicator import Algorithm, Op
+from pycoll.collectives import Algorithm, Op
 from pycoll.errors import Error, UnsupportedError, UsageError
 from pycoll.rendezvous import seconds
 from pycoll.tuning import CUDA, Config, native_config

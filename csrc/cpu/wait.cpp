@@ -78,6 +78,11 @@ Watch::Fate Watch::fate(int rank) const {
 }
 
 Error Watch::lost(int rank, Fate fate) const {
+  try {  // who fails and then goes has failed
+    throw_failure_of(rank);
+  } catch (const Error& failure) {
+    return failure;
+  }
   const std::string who = "pycoll: rank " + std::to_string(rank);
   if (fate == Fate::kDead) return Error(ErrorKind::kPeerLost, who + " is lost: its process has died", rank);
   return Error(ErrorKind::kPeerLost,

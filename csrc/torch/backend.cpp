@@ -263,13 +263,36 @@ Backend::Work Backend::barrier(const c10d::BarrierOptions& options) {
   return submit(OpType::BARRIER, "pycoll:barrier", options, [] { return barrier_job(); });
 }
 
-namespace {
-[[noreturn]] void not_yet(const char* what) { throw_unsupported(std::string(what) + " is not there yet"); }
-}  // namespace
-Backend::Work Backend::send(Tensors&, int, int) { not_yet("send"); }
-Backend::Work Backend::recv(Tensors&, int, int) { not_yet("recv"); }
-Backend::Work Backend::recvAnysource(Tensors&, int) { not_yet("recv from any source"); }
-void Backend::monitoredBarrier(const c10d::BarrierOptions&, bool) { not_yet("monitored_barrier"); }
+Backend::Work Backend::mail(Mailing::Direction direction, const Tensors& tensors, int peer, int tag) {
+  try {
+    const bool sends = direction == Mailing::Direction::kSend;
+    return caller_.mail(direction, only(tensors, sends ? "send" : "recv"), peer, tag, /*async=*/true);
+  } catch (const Error& e) {
+    throw PyError(e);
+  }
+}
+
+Backend::Work Backend::send(Tensors& tensors, int peer, int tag) {
+  return mail(Mailing::Direction::kSend, tensors, peer, tag);
+}
+
+Backend::Work Backend::recv(Tensors& tensors, int peer, int tag) {
+  return mail(Mailing::Direction::kReceive, tensors, peer, tag);
+}
+
+Backend::Work Backend::recvAnysource(Tensors& tensors, int tag) {
+  return mail(Mailing::Direction::kReceive, tensors, cpu::kAnySource, tag);
+}
+
+void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
+  try {
+    const bool given = options.timeout != c10d::kUnsetTimeout;
+    monitored_barrier(caller_.comm(), given ? options.timeout : caller_.comm().timeout(), wait_all_ranks,
+                      monitored_barriers_++);
+  } catch (const Error& e) {
+    throw PyError(e);
+  }
+}
 
 void bind_backend(py::module_& m) {
   m.def("close_backends", &Backend::close_all, "Drains and closes every group.",

@@ -41,10 +41,10 @@ class Backend : public c10d::Backend {
   Work alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) override;
   Work barrier(const c10d::BarrierOptions& options) override;
 
-  Work send(Tensors&, int, int) override;
-  Work recv(Tensors&, int, int) override;
-  Work recvAnysource(Tensors&, int) override;
-  void monitoredBarrier(const c10d::BarrierOptions&, bool) override;
+  Work send(Tensors& tensors, int peer, int tag) override;
+  Work recv(Tensors& tensors, int peer, int tag) override;
+  Work recvAnysource(Tensors& tensors, int tag) override;
+  void monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) override;
 
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return calls_; }
@@ -59,10 +59,11 @@ class Backend : public c10d::Backend {
   // `job()`, run as `options` say. Errors leave as torch's bindings know them.
   template <class CallOptions, class MakeJob>
   Work submit(c10d::OpType type, const char* title, const CallOptions& options, const MakeJob& make_job);
+  Work mail(Mailing::Direction direction, const Tensors& tensors, int peer, int tag);
   Seat seat() const { return caller_.seat(); }
 
   Caller caller_;
-  std::atomic<uint64_t> calls_{0};
+  std::atomic<uint64_t> calls_{0}, monitored_barriers_{0};
 };
 
 }  // namespace pycoll::bindings

@@ -125,4 +125,17 @@ c10::intrusive_ptr<Work> Caller::start(c10d::OpType type, const char* title, Ten
   return work;
 }
 
+c10::intrusive_ptr<Mailing> Caller::mail(Mailing::Direction direction, const at::Tensor& tensor, int peer, int tag,
+                                         bool async) {
+  const bool sends = direction == Mailing::Direction::kSend;
+  const char* title = sends ? "pycoll:send" : peer == cpu::kAnySource ? "pycoll:recvAnySource" : "pycoll:recv";
+  auto mailing = c10::make_intrusive<Mailing>(seat().rank, at::hasCallbacks() ? title : nullptr, direction, tensor);
+  if (async) {
+    mailing->start(comm_->mail(), peer, tag);
+  } else {
+    mailing->start_and_wait(comm_->mail(), peer, tag);
+  }
+  return mailing;
+}
+
 }  // namespace pycoll::bindings

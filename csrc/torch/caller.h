@@ -8,6 +8,7 @@
 
 #include "torch/device.h"
 #include "torch/job.h"
+#include "torch/mail.h"
 #include "torch/work.h"
 
 namespace pycoll::bindings {
@@ -32,6 +33,10 @@ class Caller {
   // What no single job can say, on the CPU: `turn` runs when its turn has come.
   c10::intrusive_ptr<Work> start(c10d::OpType type, const char* title, Tensors tensors, cpu::Communicator::Turn turn,
                                  bool async);
+
+  // A message, which neither waits for collectives nor delays them. `peer`: cpu::kAnySource for a receive from any.
+  c10::intrusive_ptr<Mailing> mail(Mailing::Direction direction, const at::Tensor& tensor, int peer, int tag,
+                                   bool async);
 
  private:
   std::shared_ptr<DeviceTurn> prepare(Job& job, bool async);  // null on the CPU

@@ -60,6 +60,17 @@ class PyCommunicator {
     return submit(c10d::OpType::ALLTOALL, "pycoll:all_to_all", std::move(job), async, at::Tensor());
   }
 
+  // -> the rank that it came from, or the handle.
+  py::object send(const at::Tensor& x, int peer, int tag, bool async) {
+    return mail(Mailing::Direction::kSend, x, peer, tag, async);
+  }
+  py::object recv(const at::Tensor& x, int peer, int tag, bool async) {
+    if (x.requires_grad() && at::GradMode::is_enabled()) {
+      throw_usage("recv would change a tensor that requires grad: call it under torch.no_grad(), or on x.detach()");
+    }
+    return mail(Mailing::Direction::kReceive, x, peer, tag, async);
+  }
+
   Handle barrier(bool async) {
     return submit(c10d::OpType::BARRIER, "pycoll:barrier", barrier_job(), async, at::Tensor());
   }
@@ -120,6 +131,17 @@ class PyCommunicator {
     return whole ? std::make_optional<Blocks>(*whole) : std::nullopt;
   }
 
+  py::object mail(Mailing::Direction direction, const at::Tensor& x, int peer, int tag, bool async) {
+    c10::intrusive_ptr<Mailing> mailing;
+    {
+      const py::gil_scoped_release no_gil;
+      mailing = caller_.mail(direction, x, peer, tag, async);
+    }
+    if (direction == Mailing::Direction::kReceive && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+    if (!async) return py::int_(mailing->sourceRank());
+    return py::cast(Handle(std::move(mailing)));
+  }
+
   // `like`: a tensor whose shape and element type all ranks compare.
   Handle submit(c10d::OpType type, const char* title, Job job, bool async, const at::Tensor& like) {
     Tensors written;
@@ -178,6 +200,8 @@ void bind_communicator(py::module_& m) {
       .def("scatter", &PyCommunicator::scatter)
       .def("all_to_all", &PyCommunicator::all_to_all)
       .def("barrier", &PyCommunicator::barrier)
+      .def("send", &PyCommunicator::send)
+      .def("recv", &PyCommunicator::recv)
       .def("empty", &PyCommunicator::empty)
       .def("mem_allocator", &PyCommunicator::mem_allocator)
       .def("close", &PyCommunicator::close)
