@@ -115,7 +115,7 @@ def _run(config: AllReduceBench) -> report.Report:
             except GroupFailed as e:
                 found.failures.append(str(e))
         contest = Contest(groups, found)
-        progress = stack.enter_context(_progress())
+        progress = stack.enter_context(progress_bar())
         task = progress.add_task("", total=len(sizes))
 
         def show(done: int, part: float) -> None:
@@ -133,7 +133,7 @@ def _libraries(config: AllReduceBench, folder: Path) -> list[Launch]:
     found = []
     for library in ("pycoll", "gloo"):
         if library in config.contenders:
-            found.append(Launch(library, _python("torch_ranks", library, str(folder / library))))
+            found.append(Launch(library, python("torch_ranks", library, str(folder / library))))
     if "mpi" in config.contenders:
         for home in config.mpi:
             found += launches(find(home), config.ranks, config.dtype)
@@ -146,15 +146,15 @@ def _ceiling(config: AllReduceBench, largest: int, folder: Path, stack: ExitStac
     for descriptor in descriptors:
         stack.callback(os.close, descriptor)
     environment = {memory.DESCRIPTORS_VARIABLE: ",".join(map(str, descriptors))}
-    command = _python("ceiling_ranks", str(folder / "ceiling"))
+    command = python("ceiling_ranks", str(folder / "ceiling"))
     return Launch("ceiling", command, environment=environment, inherited=descriptors)
 
 
-def _python(module: str, *arguments: str) -> list[str]:
+def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"{__package__}.{module}", *arguments]
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     columns = (TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True))
 

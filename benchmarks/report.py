@@ -83,15 +83,17 @@ class Report:
         rows = [row for row in self.rows if all(getattr(row, key) == value for key, value in wanted.items())]
         return sorted(rows, key=lambda row: row.timing.median)
 
-    def busbw_factor(self) -> float:
-        """busbw / algbw of an all-reduce: each rank must move 2 (n - 1) / n of its tensor (as in nccl-tests)."""
-        return 2 * (self.world_size - 1) / self.world_size
+    def busbw_factor(self, collective: str = "all_reduce") -> float:
+        """busbw / algbw, as in nccl-tests: in an all-reduce each rank must move 2 (n - 1) / n of its tensor."""
+        share = (self.world_size - 1) / self.world_size
+        return {"all_reduce": 2 * share, "broadcast": 1, "reduce": 1, "send_recv": 1}.get(collective, share)
 
     def to_json(self) -> str:
         """All of it, times in seconds and bandwidths in bytes a second."""
         content = dataclasses.asdict(self)
         for row, values in zip(self.rows, content["rows"], strict=True):
-            values["algbw"], values["busbw"] = row.algbw, row.algbw * self.busbw_factor()
+            collective = row.algorithm if self.benchmark == "collectives" else "all_reduce"
+            values["algbw"], values["busbw"] = row.algbw, row.algbw * self.busbw_factor(collective)
         return json.dumps(content, indent=1)
 
     @classmethod
