@@ -11,7 +11,8 @@ namespace pycoll::cpu {
 
 namespace {
 constexpr auto kBesideOthers = std::chrono::milliseconds(1);  // between steps of the postman while somebody waits
-}
+constexpr int kLingering = 50;                                // of them, before it parks until it is called
+}  // namespace
 
 bool Request::ended() const { return letter_->office->ended(*letter_); }
 void Request::wait(std::optional<std::chrono::milliseconds> timeout) const { letter_->office->wait(*letter_, timeout); }
@@ -30,7 +31,7 @@ void PostOffice::deliver() {
   const Queue::Inside inside(turns_);
   std::unique_lock held(mutex_);
   for (;;) {
-    parked_.wait(held, [&] { return stopping_ || books_.asynchronous > 0 || !books_.finished.empty(); });
+    park(held);
     call_done(held);
     if (stopping_) return;
     if (books_.asynchronous == 0) continue;
@@ -47,6 +48,17 @@ void PostOffice::deliver() {
     });
     held.lock();
   }
+}
+
+// Until there is something to do. Who starts something asynchronous mostly waits for it at once, and again and again: so
+// the postman looks around by itself for a while, a millisecond late at worst, and need not be called each time.
+void PostOffice::park(std::unique_lock<std::mutex>& held) {
+  const auto called = [&] { return stopping_ || !books_.finished.empty(); };
+  const auto due = [&] { return called() || books_.asynchronous > 0; };
+  lingers_ = true;
+  for (int i = 0; i < kLingering && !due(); ++i) parked_.wait_for(held, kBesideOthers, called);
+  lingers_ = false;
+  parked_.wait(held, due);
 }
 
 void PostOffice::call_done(std::unique_lock<std::mutex>& held) {

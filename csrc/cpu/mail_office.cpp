@@ -151,7 +151,7 @@ void PostOffice::call_the_postman() {
       const SignalsBlocked no_signals;
       postman_ = std::thread(&PostOffice::deliver, this);
     }
-    parked_.notify_one();
+    if (!lingers_) parked_.notify_one();
   } catch (const std::exception& e) {
     fail(as_failure(Error(ErrorKind::kError, std::string("pycoll: no thread for messages: ") + e.what(), rank_)));
   }

@@ -79,6 +79,7 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
 
   void leave(const std::function<void()>& interrupt);
   void deliver();  // the postman
+  void park(std::unique_lock<std::mutex>& held);
   void call_done(std::unique_lock<std::mutex>& held);
 
   const Attachment& a_;
@@ -101,6 +102,7 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
   bool stopping_ = false;  // all has ended: the postman is to go
   std::thread postman_;
   std::condition_variable parked_;  // the postman, while nothing asynchronous is under way
+  bool lingers_ = false;            // it looks around by itself
 
   std::atomic<int> waiters_{0};    // threads in wait()
   std::atomic<bool> gone_{false};  // closed: nothing that is shared may be touched any more
