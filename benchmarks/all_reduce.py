@@ -66,22 +66,12 @@ def main(config: AllReduceBench) -> int:
     except ValueError as e:
         Console(stderr=True).print(f"pycoll bench: {e}", style="red", markup=False)
         return 2
-    console = Console()
-    console.width = max(console.width, 110)  # of a pipe it would be 80, too narrow for the table
-    console.print(report.table(found))
-    for line in report.notes(found):
-        console.print(line, style="dim", markup=False, highlight=False)
-    config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / f"all_reduce-{config.ranks}-ranks-{config.dtype}.json"
-    path.write_text(found.to_json())
-    plot.draw(found, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}", markup=False)
-    for failure in found.failures:
-        console.print(f"FAILED {failure}", style="red", markup=False)
+    report.publish(found, report.table(found), path, plot.draw, width=110)
     failed = bool(found.failures)
     if config.check:
         checked = bars.evaluate(found)
-        console.print(bars.table(checked))
+        Console().print(bars.table(checked))
         failed = failed or not all(bar.passed for bar in checked)
     return int(failed)
 

@@ -61,18 +61,7 @@ def main(config: CollectivesBench) -> int:
     except ValueError as e:
         Console(stderr=True).print(f"pycoll bench: {e}", style="red", markup=False)
         return 2
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(table(found))
-    for line in report.notes(found):
-        console.print(line, style="dim", markup=False, highlight=False)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"collectives-{config.ranks}-ranks.json"
-    path.write_text(found.to_json())
-    draw(found, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}", markup=False)
-    for failure in found.failures:
-        console.print(f"FAILED {failure}", style="red", markup=False)
+    report.publish(found, table(found), config.output / f"collectives-{config.ranks}-ranks.json", draw, width=150)
     missed = [case for case in cases(found) if case.passed is not True]
     return int(bool(found.failures) or (config.check and bool(missed)))
 

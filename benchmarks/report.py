@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from .timing import Timing, format_bytes
@@ -168,3 +169,18 @@ def write(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+def publish(report: Report, shown: Table, path: Path, draw: Callable[[Report, Path], object], width: int) -> None:
+    """Prints the table, `width` columns wide or more, and the notes; writes JSON, and a picture beside it."""
+    console = Console()
+    console.width = max(console.width, width)  # of a pipe it would be 80
+    console.print(shown)
+    for line in notes(report):
+        console.print(line, style="dim", markup=False, highlight=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report.to_json())
+    draw(report, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}", markup=False)
+    for failure in report.failures:
+        console.print(f"FAILED {failure}", style="red", markup=False)
