@@ -72,18 +72,19 @@ void PostOffice::look_for_losses() {
   int failed = -1;
   for (int r = 0; r < world_; ++r) {
     if (r == rank_) continue;
-    if (watch_.failed(r)) failed = r;
     const Watch::Fate fate = lanes_[r] ? watch_.fate(r) : Watch::Fate::kHere;
     if (fate != Watch::Fate::kHere) gone.emplace_back(r, fate);
+    if (watch_.failed(r)) failed = r;  // who has failed and left then is to be blamed for that
+  }
+  if (failed >= 0 && exhaust(failed) && books_.open > 0 && !verdict_) {
+    try {
+      watch_.throw_failure_of(failed);
+    } catch (...) {
+      fail(std::current_exception());
+    }
   }
   for (const auto& [peer, fate] : gone) {
-    if (exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
-  }
-  if (failed < 0 || verdict_ || !exhaust(failed) || books_.open == 0) return;
-  try {
-    watch_.throw_failure_of(failed);
-  } catch (...) {
-    fail(std::current_exception());
+    if (failed < 0 && !verdict_ && exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
   }
 }
 
