@@ -67,7 +67,8 @@ void PostOffice::call_done(std::unique_lock<std::mutex>& held) {
 
 // The news first, the lanes after it: what a rank did before it died, failed or left still counts (M9).
 void PostOffice::look_for_losses() {
-  if (verdict_ || books_.open == 0) return;
+  const size_t open = books_.open;
+  if (verdict_ || open == 0) return;
   std::vector<std::pair<int, Watch::Fate>> gone;
   int failed = -1;
   for (int r = 0; r < world_; ++r) {
@@ -86,6 +87,8 @@ void PostOffice::look_for_losses() {
   for (const auto& [peer, fate] : gone) {
     if (failed < 0 && !verdict_ && exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
   }
+  if ((verdict_ || books_.open != open) && load_seq_cst(bell_.sleepers) != 0)
+    ring(bell_);  // it concerns this rank's own
 }
 
 // Takes what a rank has left here, which is not much. False: a GPU still moves some of it, ask again.

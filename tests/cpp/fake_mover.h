@@ -1,6 +1,8 @@
 // A pretended GPU that moves memory when it has come to it.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -24,7 +26,7 @@ class FakeMover : public pycoll::cpu::Mover {
   void combine(pycoll::DType, pycoll::ReduceOp, const pycoll::CombineArgs&) override {}
   void copy(void* dst, const void* src, size_t bytes) override {
     copies_.push_back({dst, src, bytes});
-    busy_ = 2;
+    busy_ = std::max(busy_.load(), 2);
   }
   bool done() override {
     if (busy_ > 0) {
@@ -35,9 +37,10 @@ class FakeMover : public pycoll::cpu::Mover {
     copies_.clear();
     return true;
   }
+  void come() { busy_ = 0; }  // from any thread
 
  private:
-  int busy_;
+  std::atomic<int> busy_;
   std::deque<FakeCopy> copies_;
 };
 

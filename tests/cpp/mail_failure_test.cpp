@@ -76,9 +76,7 @@ struct Told {
   }
 };
 
-void until_left(Communicator& comm, int rank) {
-  while ((comm.monitor().ranks_that_left() >> rank & 1) == 0) std::this_thread::yield();
-}
+bool has_left(Communicator& comm, int rank) { return (comm.monitor().ranks_that_left() >> rank & 1) != 0; }
 
 void no_errors(const std::vector<std::string>& errors) {
   for (const std::string& e : errors) CHECK_EQ(e, std::string());
@@ -196,12 +194,12 @@ void what_a_rank_sent_before_it_left_still_counts() {
       return send(comm, 0, pipe, 9);
     }
     Bytes b(pipe);
+    SlowMover gpu(Milliseconds(3));  // it takes longer than to learn that the sender has left
     receive(comm, 1, 100, 4);
-    const Request r = comm.mail().receive(message(b, 1, 9));
-    while (!r.ended() && b[0] == 0) {
-    }
-    until_left(comm, 1);
-    until_left(comm, 2);
+    Message m = message(b, 1, 9);
+    m.mover = &gpu;
+    const Request r = comm.mail().receive(m);
+    while (!has_left(comm, 1) || !has_left(comm, 2)) (void)r.ended();
     r.wait();
     CHECK(b == Bytes(pipe, 10));
     for (int tag = 3; tag >= 0; --tag) receive(comm, tag % 2 ? 1 : kAnySource, 100, tag);
@@ -240,6 +238,13 @@ void who_waits_for_a_rank_that_leaves_is_told() {
 
 // ---- ranks that fail ----
 
+// A GPU that has nothing left to move in a message's memory when that is given back.
+struct Checked {
+  explicit Checked(bool slow) : mover(slow ? new SlowMover(std::chrono::microseconds(100)) : nullptr) {}
+  ~Checked() { CHECK(!mover || mover->done()); }
+  std::unique_ptr<Mover> mover;
+};
+
 // All threads of rank 0 wait, spinning, asleep or in the middle of a message, when rank 1 gives up. What they get back
 // they free at once, while others may still make steps.
 void an_abort_ends_every_wait() {
@@ -251,10 +256,9 @@ void an_abort_ends_every_wait() {
           const Error e = outcome([&] {
             for (int n = 0;; ++n) {
               auto b = std::make_unique<Bytes>(kLarge);
-              std::unique_ptr<Mover> mover;
-              if (t == 1) mover = std::make_unique<SlowMover>(std::chrono::microseconds(100));
+              const Checked gpu(t == 1);
               Message m = message(*b, 1 - comm.rank(), t);
-              m.mover = mover.get();
+              m.mover = gpu.mover.get();
               Told told;
               const bool sends = (comm.rank() + t) % 2 == 0;
               const auto done = n % 2 ? told.listener() : nullptr;
