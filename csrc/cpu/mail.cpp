@@ -79,24 +79,28 @@ void PostOffice::call_done(std::unique_lock<std::mutex>& held) {
 
 // The news first, the lanes after it: what a rank did before it died, failed or left still counts (M9).
 void PostOffice::look_for_losses() {
-  if (verdict_ || books_.open == 0) return;
+  const size_t open = books_.open;
+  if (verdict_ || open == 0) return;
   std::vector<std::pair<int, Watch::Fate>> gone;
   int failed = -1;
   for (int r = 0; r < world_; ++r) {
     if (r == rank_) continue;
-    if (watch_.failed(r)) failed = r;
     const Watch::Fate fate = lanes_[r] ? watch_.fate(r) : Watch::Fate::kHere;
     if (fate != Watch::Fate::kHere) gone.emplace_back(r, fate);
+    if (watch_.failed(r)) failed = r;  // who has failed and left then is to be blamed for that
+  }
+  if (failed >= 0 && exhaust(failed) && books_.open > 0 && !verdict_) {
+    try {
+      watch_.throw_failure_of(failed);
+    } catch (...) {
+      fail(std::current_exception());
+    }
   }
   for (const auto& [peer, fate] : gone) {
-    if (exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
+    if (failed < 0 && !verdict_ && exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
   }
-  if (failed < 0 || verdict_ || !exhaust(failed) || books_.open == 0) return;
-  try {
-    watch_.throw_failure_of(failed);
-  } catch (...) {
-    fail(std::current_exception());
-  }
+  if ((verdict_ || books_.open != open) && load_seq_cst(bell_.sleepers) != 0)
+    ring(bell_);  // it concerns this rank's own
 }
 
 // Takes what a rank has left here, which is not much. False: a GPU still moves some of it, ask again.

@@ -74,6 +74,8 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
   Turn turn(const Over& over);
   template <class Over>
   Turn sleep(const Over& over, std::chrono::microseconds nap);
+  void await(Letter& letter, std::optional<std::chrono::milliseconds> timeout, Visit& visit,
+             std::exception_ptr& interrupted);
   void let_interrupts_in(const Letter& letter, std::exception_ptr& interrupted);
   void overdue(const Letter& letter, std::optional<std::chrono::milliseconds> given);
 
