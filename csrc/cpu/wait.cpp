@@ -69,7 +69,6 @@ void Watch::look_at(const Awaited& awaited) const {
   // The news first, the cell after it: what a rank did before it died or left still counts.
   const Fate news = fate(awaited.peer);
   if (news == Fate::kHere || awaited.here()) return;
-  throw_failure_of(awaited.peer);  // which it may have told just before it left
   throw lost(awaited.peer, news);
 }
 
