@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Callable[[Communicator], Any], type[pycoll.Error], str]] 
         pycoll.UnsupportedError,
         "multimem is for",
     ),
-    "root too large": (lambda c: c.broadcast(ones(4), 2), pycoll.UsageError, "root 2 is not in a world of 2"),
+    "root too large": (lambda c: c.broadcast(ones(4), 2), pycoll.UsageError, "root 2 is not in a group of 2"),
     "root below zero": (lambda c: c.broadcast(ones(4), -1), pycoll.UsageError, "root -1"),
     "negative size": (lambda c: c.empty((2, -1)), pycoll.UsageError, r"\(2, -1\)"),
     "two negative sizes": (lambda c: c.empty((-2, -1)), pycoll.UsageError, "zero or more"),
