@@ -22,6 +22,10 @@ Call all_reduce(std::vector<float>& x, std::optional<Algorithm> algorithm = {}) 
           .count = x.size()};
 }
 
+Communicator::Turn once(const Call& call) {
+  return [call](const Communicator::Runner& run) { run(call); };
+}
+
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 void every_mismatch_is_told_to_every_rank() {
@@ -159,13 +163,11 @@ void queued_calls_keep_their_order() {
     std::atomic<int> done{0};
     for (auto& x : queued) {
       const int turn = static_cast<int>(&x - queued.data());
-      comm.enqueue(
-          all_reduce(x), [] {},
-          [&done, turn](std::exception_ptr failure) {
-            CHECK(!failure);
-            CHECK_EQ(done.load(), turn);
-            ++done;
-          });
+      comm.enqueue(once(all_reduce(x)), [&done, turn](std::exception_ptr failure) {
+        CHECK(!failure);
+        CHECK_EQ(done.load(), turn);
+        ++done;
+      });
     }
     std::vector<float> last(100, 2.0f);
     comm.run(all_reduce(last));  // behind all of them
@@ -181,7 +183,7 @@ void closing_drains_the_queue() {
   const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [&](Communicator& comm) {
     std::vector<float> x(50000, 1.0f);
     for (int i = 0; i < 5; ++i)
-      comm.enqueue(all_reduce(x), [] {}, [&](std::exception_ptr failure) { done += !failure; });
+      comm.enqueue(once(all_reduce(x)), [&](std::exception_ptr failure) { done += !failure; });
     comm.close();
     comm.close();
     CHECK_EQ(x[49999], 32.0f);
@@ -251,13 +253,11 @@ void a_callback_may_destroy_the_communicator() {
       auto comm = std::make_shared<Communicator>(store, r, 2, small_config(), Milliseconds(20000));
       Communicator& c = *comm;
       auto x = std::make_shared<std::vector<float>>(100, 1.0f);
-      c.enqueue(
-          all_reduce(*x), [] {},
-          [x, &done, comm = std::move(comm)](std::exception_ptr failure) mutable {
-            CHECK(!failure);
-            comm = nullptr;
-            ++done;
-          });
+      c.enqueue(once(all_reduce(*x)), [x, &done, comm = std::move(comm)](std::exception_ptr failure) mutable {
+        CHECK(!failure);
+        comm = nullptr;
+        ++done;
+      });
     });
   }
   for (std::thread& t : threads) t.join();
