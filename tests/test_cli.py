@@ -37,7 +37,10 @@ def test_bench_names_its_subjects(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "said"),
     [
         (["trian"], "error: pycoll has no command 'trian': choose one of train, bench, info\n"),
-        (["bench", "sort"], "error: pycoll bench has no subject 'sort': choose one of all-reduce, collectives, gpu, local-group\n"),
+        (
+            ["bench", "sort"],
+            "error: pycoll bench has no subject 'sort': choose one of all-reduce, collectives, gpu, local-group\n",
+        ),
         (
             ["train", "--data", "/nowhere"],
             "error: /nowhere does not exist: give --data a UTF-8 file or a folder of them\n",
