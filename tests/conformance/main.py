@@ -182,6 +182,8 @@ def _run_once(order: Order, options: Conformance, console: Console) -> Run:
 
         done = run_suite(order, gpus=options.gpus, begin=lambda total: progress.update(task, total=total), tick=tick)
         progress.update(task, last="")
+    if not console.is_terminal:  # which has seen the bar
+        console.print(f"{title}: {len(done.results)} tests in {done.seconds:.0f} s")
     return done
 
 
