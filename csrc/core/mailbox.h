@@ -38,7 +38,7 @@ struct Mailbox {
   alignas(4096) Envelope envelopes[kEnvelopes];
   // The buffers follow.
 
-  PYCOLL_HD static constexpr size_t bytes(size_t buffer) {
+  PYCOLL_HD static size_t bytes(size_t buffer) {
     return buffer == 0 ? 0 : round_up(sizeof(Mailbox) + kBuffers * buffer, 4096);
   }
   PYCOLL_HD std::byte* buffer(uint64_t chunk, size_t buffer_bytes) {

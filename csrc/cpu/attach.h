@@ -83,6 +83,9 @@ struct Attachment {
   std::vector<std::string> store_keys;
 
   PeerTable table() const { return {rank, geometry, base.data()}; }
+  // How often a wait looks before it offers its core. With a core for each rank a short wait is cheapest spun; else the
+  // peer we wait for needs our core.
+  int spins() const { return geometry.world <= cores ? 4000 : 32; }
   Control& control(int r) const { return *reinterpret_cast<Control*>(base[r]); }
 };
 

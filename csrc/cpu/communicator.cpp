@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #include "algorithms/call.h"
 #include "cpu/executor.h"
@@ -42,8 +40,7 @@ struct Communicator::Impl {
         heap(std::make_shared<Heap>(attachment->table().heap(attachment->rank), attachment->geometry.heap_bytes)),
         table(attachment->table()),
         watch(*attachment, timeout),
-        // With a core for each rank a short wait is cheapest spun; else the peer we wait for needs our core.
-        spins(table.geometry.world <= attachment->cores ? 4000 : 32),
+        spins(attachment->spins()),
         windows(table.geometry.channels),
         records(table.geometry.world),
         office(std::make_shared<PostOffice>(*attachment, watch, spins, &queue)),
@@ -98,12 +95,8 @@ struct Communicator::Impl {
     try {
       f();
       return nullptr;
-    } catch (const Error& e) {
-      return std::make_exception_ptr(watch.fail(e));
-    } catch (...) {  // what a signal's handler threw, or no memory
-      const std::string why = "pycoll: rank " + std::to_string(rank()) + " was interrupted in a collective";
-      (void)watch.fail(Error(ErrorKind::kError, why, rank()));
-      return std::current_exception();
+    } catch (...) {
+      return watch.fail(std::current_exception(), "in a collective");
     }
   }
 
@@ -185,13 +178,8 @@ struct Communicator::Impl {
   }
 
   void compare_records(const CallRecord& mine) {
-    const uint64_t epoch = windows[0].epoch;
-    bool same = true;
-    for (int r = 0; r < world(); ++r) {
-      records[r] = table.barrier_cell(r, 0, epoch).record;
-      same &= same_call(records[r], mine);
-    }
-    if (!same) throw Error(ErrorKind::kMismatch, mismatch_text(records));
+    for (int r = 0; r < world(); ++r) records[r] = table.barrier_cell(r, 0, windows[0].epoch).record;
+    throw_if_different(records, mine);
   }
 
   void close() {
@@ -202,11 +190,7 @@ struct Communicator::Impl {
     if (closed) return;
     std::exception_ptr interrupted;
     const auto interrupt = [&] {
-      try {
-        let_interrupts_in("while it closed the communicator");
-      } catch (...) {
-        interrupted = std::current_exception();
-      }
+      if (const auto thrown = interruption("while it closed the communicator")) interrupted = thrown;
     };
     queue.stop(interrupt);
     office->close(interrupt);
@@ -222,12 +206,13 @@ struct Communicator::Impl {
   }
 
   // What a signal's handler throws ends the communicator.
-  void let_interrupts_in(const char* doing) {
+  std::exception_ptr interruption(const char* doing) {
     try {
       check_interrupt();
+      return nullptr;
     } catch (...) {
       give_up("pycoll: rank " + std::to_string(rank()) + " was interrupted " + doing);
-      throw;
+      return std::current_exception();
     }
   }
   void give_up(const std::string& why) { fail(Error(ErrorKind::kError, why, rank())); }
@@ -286,7 +271,9 @@ void Communicator::run(const Turn& turn) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: a collective was called from within another, by a signal handler or a callback");
   }
-  const auto interrupt = [impl] { impl->let_interrupts_in("in a collective"); };
+  const auto interrupt = [impl] {
+    if (const auto thrown = impl->interruption("in a collective")) std::rethrow_exception(thrown);
+  };
   impl->queue.run([&](bool in_caller) { impl->take(turn, in_caller); }, interrupt);
 }
 
@@ -302,7 +289,6 @@ void Communicator::enqueue(Turn turn, std::function<void(std::exception_ptr)> do
 
 bool Communicator::inside(const void* turns) { return Queue::inside(turns); }
 const void* Communicator::turns() const { return &impl_->queue; }
-
 Mail& Communicator::mail() { return impl_->mail; }
 
 void Communicator::close() {
@@ -362,11 +348,7 @@ int Communicator::world() const { return impl_->world(); }
 bool Communicator::closed() const { return impl_->closed; }
 const Geometry& Communicator::geometry() const { return impl_->table.geometry; }
 size_t Communicator::footprint() const {
-  const std::lock_guard user(impl_->mapped);
-  if (!impl_->attachment) return impl_->heap->used();
-  const Geometry& g = geometry();
-  const size_t lanes = resident_bytes(impl_->attachment->base[rank()] + g.mail_offset(), world() * g.mailbox_bytes());
-  return g.scratch_bytes() + lanes + impl_->office->bytes_aside() + impl_->heap->used();
+  return (impl_->closed ? 0 : geometry().scratch_bytes()) + impl_->office->footprint() + impl_->heap->used();
 }
 std::chrono::milliseconds Communicator::timeout() const { return impl_->watch.timeout(); }
 void Communicator::set_timeout(std::chrono::milliseconds timeout) { impl_->watch.set_timeout(timeout); }

@@ -209,9 +209,11 @@ bool PostOffice::no_sends_are_left() {
   return none;
 }
 
-size_t PostOffice::bytes_aside() {
+size_t PostOffice::footprint() {
   const Lock lock(*this);
-  return matching_.bytes_aside();
+  if (gone_) return 0;
+  const Geometry& g = table_.geometry;
+  return resident_bytes(table_.base[rank_] + g.mail_offset(), world_ * g.mailbox_bytes()) + matching_.bytes_aside();
 }
 
 }  // namespace pycoll::cpu

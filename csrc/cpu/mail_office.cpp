@@ -15,7 +15,7 @@ std::exception_ptr as_failure(const Error& error) { return std::make_exception_p
 std::string describe(const Letter& letter) {
   const Message& m = letter.message;
   const std::string who = m.peer == kAnySource ? "any rank" : "rank " + std::to_string(m.peer);
-  return std::string(letter.outgoing ? " in send(to " : " in receive(from ") + who + ", tag " + std::to_string(m.tag) +
+  return std::string(letter.outgoing ? "in send(to " : "in receive(from ") + who + ", tag " + std::to_string(m.tag) +
          ")";
 }
 
@@ -69,7 +69,7 @@ PostOffice::~PostOffice() {
 void PostOffice::check_fork() const {
   if (generation_ == fork_generation()) return;
   throw Error(ErrorKind::kError,
-              "pycoll: this message belongs to the parent process: after fork, create a new communicator in the child");
+              "pycoll: this communicator belongs to the parent process: after fork, create a new one in the child");
 }
 
 void PostOffice::check(const Message& m, bool outgoing) const {
@@ -191,15 +191,7 @@ void PostOffice::advance(int peer, Step& step) {
 
 // Tells the others, unless they know. What ends this rank's requests is its first failure, be it this one or not.
 void PostOffice::fail(const std::exception_ptr& failure) {
-  try {
-    if (failure) std::rethrow_exception(failure);
-  } catch (const Error& e) {
-    (void)watch_.fail(e);
-  } catch (const std::exception& e) {
-    (void)watch_.fail(Error(ErrorKind::kError, std::string("pycoll: a message failed: ") + e.what(), rank_));
-  } catch (...) {
-    (void)watch_.fail(Error(ErrorKind::kError, "pycoll: a message failed", rank_));
-  }
+  if (failure) (void)watch_.fail(failure, "in a message");
   try {
     watch_.throw_if_failed();
   } catch (...) {
@@ -278,9 +270,7 @@ void PostOffice::let_interrupts_in(const Letter& letter, std::exception_ptr& int
     check_interrupt();
   } catch (...) {
     if (letter.asynchronous) throw;
-    interrupted = std::current_exception();
-    (void)watch_.fail(Error(ErrorKind::kError,
-                            "pycoll: rank " + std::to_string(rank_) + " was interrupted" + describe(letter), rank_));
+    interrupted = watch_.fail(std::current_exception(), describe(letter));
   }
 }
 
@@ -290,9 +280,9 @@ void PostOffice::overdue(const Letter& letter, std::optional<std::chrono::millis
   (void)step();
   if (letter.ended || verdict_) return;
   const int peer = letter.source >= 0 ? letter.source : letter.message.peer;
-  if (!given) return fail(as_failure(watch_.late(peer, watch_.timeout(), describe(letter))));
+  if (!given) return fail(as_failure(watch_.late(peer, watch_.timeout(), " " + describe(letter))));
   throw Error(ErrorKind::kTimeout,
-              "pycoll: rank " + std::to_string(rank_) + " waited" + describe(letter) + " for the " +
+              "pycoll: rank " + std::to_string(rank_) + " waited " + describe(letter) + " for the " +
                   std::to_string(given->count()) + " ms given to wait(); it goes on",
               peer);
 }

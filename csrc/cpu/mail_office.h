@@ -31,7 +31,7 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
 
   // M11. `interrupt` is called about every 20 ms; it must not throw.
   void close(const std::function<void()>& interrupt);
-  size_t bytes_aside();
+  size_t footprint();  // bytes: mailboxes as far as they have been used, and messages that lie aside
 
  private:
   struct Lanes {  // to and from one peer

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <map>
 
+#include "cpu/error.h"
+
 namespace pycoll::cpu {
 
 namespace {
@@ -41,6 +43,12 @@ std::string mismatch_text(const std::vector<CallRecord>& records) {
     text += (ranks.size() > 8 ? ",... " : " ") + call;
   }
   return text + ". All ranks must make the same calls in the same order";
+}
+
+void throw_if_different(const std::vector<CallRecord>& records, const CallRecord& mine) {
+  const bool same =
+      std::all_of(records.begin(), records.end(), [&](const CallRecord& r) { return same_call(r, mine); });
+  if (!same) throw Error(ErrorKind::kMismatch, mismatch_text(records));
 }
 
 std::string counts_text(int from, int to, uint64_t sent, uint64_t expected) {

@@ -10,6 +10,8 @@ namespace pycoll::cpu {
 
 // [world], not all the same call.
 std::string mismatch_text(const std::vector<CallRecord>& records);
+// Unless all are the same call as `mine`. Throws Error.
+void throw_if_different(const std::vector<CallRecord>& records, const CallRecord& mine);
 // An all-to-all in which `from` sends `to` other than that expects.
 std::string counts_text(int from, int to, uint64_t sent, uint64_t expected);
 

@@ -125,6 +125,18 @@ Error Watch::fail(const Error& error) const {
   return error;
 }
 
+std::exception_ptr Watch::fail(const std::exception_ptr& thrown, const std::string& doing) const {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const Error& e) {
+    return std::make_exception_ptr(fail(e));
+  } catch (...) {  // what a signal's handler threw, or no memory
+    const std::string why = "pycoll: rank " + std::to_string(a_.rank) + " was interrupted " + doing;
+    (void)fail(Error(ErrorKind::kError, why, a_.rank));
+    return thrown;
+  }
+}
+
 void Waiter::await_barrier_slowly(const PeerTable& table, int channel, uint64_t epoch) {
   std::vector<Awaited> missing;
   for (int r = 0; r < table.geometry.world; ++r) {

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <span>
 #include <string>
 
@@ -45,6 +46,8 @@ class Watch {
 
   // Tells the other ranks why this one stops. Only the first failure of a rank counts; returns that one.
   Error fail(const Error& error) const;
+  // The same for whatever was thrown; returns what to throw on. `doing`: what a signal's handler interrupted.
+  std::exception_ptr fail(const std::exception_ptr& thrown, const std::string& doing) const;
   void throw_if_failed() const;  // this rank's failure
   void throw_if_any_rank_failed() const;
 

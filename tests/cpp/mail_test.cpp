@@ -260,7 +260,7 @@ void who_waits_for_a_gpu_delays_nobody() {
     for (int i = 0; i < kWaiting; ++i) {
       const bool sends = i % 2 == comm.rank();
       memory[i] = sends ? contents(comm.rank(), other, i, 0, 9000) : Bytes(9000);
-      const bool waits = i % 3 != 0 || sends;
+      const bool waits = i % 3 == 2 || (i % 3 == 0) == sends;  // the sender's GPU, the receiver's, or both
       Message m{.data = memory[i].data(), .bytes = 9000, .peer = other, .tag = i, .mover = nullptr};
       if (waits) m.mover = &movers.emplace_back(1 << 30);
       requests.push_back(sends ? comm.mail().send(m) : comm.mail().receive(m));
