@@ -245,6 +245,7 @@ WRONG = [
         [outcome(0, "PeerLostError", LOST.format(1), 1), outcome(1, "Error", "closed"), *GOOD],
         {},
     ),
+    ("success after PeerLostError", KILL, [outcome(0, "PeerLostError", LOST.format(1), 1), outcome(1), *GOOD], {}),
     ("ended without an error after 3 of 4", KILL, [outcome(0), *GOOD], {}),
     ("2.50 s late", STOP, [outcome(0), outcome(1, "TimeoutError", "", 1, 3.9), *GOOD], {"timeout": 1.5}),
     ("status -11", KILL, [], {"status": -11}),

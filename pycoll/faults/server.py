@@ -47,7 +47,6 @@ class Child:
     log: BinaryIO
     said: bytearray = field(default_factory=bytearray)
     ready: float | None = None
-    stopping: bool = False
     report: Report | None = None
     ended: float | None = None
     status: int | None = None
@@ -173,7 +172,6 @@ class Play:
             if child.said[0] == ord("r"):
                 child.ready = time.monotonic()
             else:
-                child.stopping = True
                 self._continue_at[self._children.index(child)] = time.monotonic() + self.script.fault.lasts
             del child.said[0]
         if not piece:

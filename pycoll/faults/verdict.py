@@ -107,6 +107,8 @@ class _Judgement:
             if not o.error:
                 if group is not None:
                     self._look_at_success(rank, group, o)
+                if first is not None and not o.waited:
+                    self._blame(rank, f"success after {first.error}: {_described(o)}")
                 continue
             self.result.errors += 1
             if first is None:
@@ -130,9 +132,9 @@ class _Judgement:
 
     def _problem_with(self, rank: int, group: Group | None, number: int, o: Outcome) -> str | None:
         """What is wrong with an error, if anything is."""
-        if not self.struck:
-            return "an error without a fault"
         fault = self.script.fault
+        if not self.struck:
+            return None if fault.overruns and self._starved() else "an error without a fault"
         culprit = group.ranks[o.culprit] if group is not None and o.culprit is not None else o.culprit
         if o.error == "TimeoutError":
             return self._problem_with_time_out(culprit, group, number)
@@ -141,7 +143,7 @@ class _Judgement:
         if rank in self.struck and fault.kind == "close" and number == fault.group and "is closed" in o.text:
             return None
         about_victim = culprit in self.struck
-        if about_victim and _fits(fault.kind, fault.call is None, rank in self.struck, number == fault.group, o):
+        if about_victim and _fits(fault.kind, fault.call is None, number == fault.group, o):
             return None
         if "is lost: its process has died" in o.text:
             return "a rank that lives is called dead"
@@ -221,7 +223,7 @@ class _Judgement:
         self.result.problems.append(f"rank {rank}: {what}")
 
 
-def _fits(kind: str, outside: bool, is_victim: bool, its_group: bool, o: Outcome) -> bool:
+def _fits(kind: str, outside: bool, its_group: bool, o: Outcome) -> bool:
     """Whether an error about the victim is the one that the fault calls for."""
     lost = o.error == "PeerLostError" and "is lost: its process has died" in o.text
     left = o.error == "PeerLostError" and " has left" in o.text
@@ -230,9 +232,7 @@ def _fits(kind: str, outside: bool, is_victim: bool, its_group: bool, o: Outcome
     if kind == "raise":
         return left or (outside and o.error == "Error" and "was interrupted" in o.text)
     if kind == "abort":
-        return (
-            o.error == "Error" and re.search("as the script says|aborted the group", o.text) is not None and its_group
-        )
+        return its_group and o.error == "Error" and bool(re.search("as the script says|aborted the group", o.text))
     if kind == "close":
         return left and its_group
     return left and kind == "exit"
