@@ -1,4 +1,4 @@
-"""The `pycoll` command: train, bench, info. Bad input ends with status 2, another error with 1, each in one line."""
+"""The `pycoll` command. Bad input ends with status 2, another error with 1, each in one line."""
 
 import importlib
 import json
@@ -58,6 +58,14 @@ def bench(arguments: Sequence[str]) -> int:
     return _choose("pycoll bench", "subject", subjects, arguments)
 
 
+def faults(arguments: Sequence[str]) -> int:
+    """play random collectives while ranks are killed, stopped and delayed, and judge what comes of it"""
+    from pycoll.faults.campaign import Faults
+    from pycoll.faults.campaign import main as faults_main
+
+    return faults_main(tyro.cli(Faults, prog="pycoll faults", args=arguments))
+
+
 def info(arguments: Sequence[str]) -> int:
     """show what was built and what this machine offers"""
     import pycoll
@@ -74,7 +82,12 @@ def info(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"train": train, "bench": bench, "info": info}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "bench": bench,
+    "faults": faults,
+    "info": info,
+}
 
 
 def _choose(

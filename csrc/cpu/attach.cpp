@@ -13,12 +13,13 @@ namespace pycoll::cpu {
 
 namespace {
 
-constexpr uint64_t kProtocol = 0x70796304;  // changes whenever a segment's layout or its use does
-constexpr const char* kReachedAll = "0";    // else the kind of the error and its text
+constexpr uint64_t kProtocol = 0x70796305;  // changes whenever a segment's layout or its use does
+constexpr const char* kReachedAll = "0";    // else an error: its kind, the rank to blame, a space and its text
 
 struct Hello {
   uint64_t protocol;
   char token[33];  // of the rank's DescriptorBox
+  uint64_t place;
   int32_t world, cores;
   Config wishes;
 };
@@ -61,7 +62,7 @@ class Attach {
       push_to_all(hellos);
     } catch (const Error& e) {
       failure = std::current_exception();
-      said = static_cast<char>('0' + static_cast<int>(e.kind)) + std::string(e.what());
+      said = static_cast<char>('0' + static_cast<int>(e.kind)) + std::to_string(e.rank) + " " + e.what();
     }
     store_.set(key("reached", rank_), said);
     if (failure) std::rethrow_exception(failure);
@@ -84,6 +85,7 @@ class Attach {
   void listen_and_greet() {
     std::memcpy(mine_.token, box_.token().c_str(), sizeof(mine_.token));
     mine_.protocol = kProtocol;
+    mine_.place = socket_place();
     mine_.world = world_;
     mine_.cores = available_cores();
     mine_.wishes = config_;
@@ -168,13 +170,16 @@ class Attach {
   }
 
   void push_to_all(const std::vector<Hello>& hellos) {
-    std::vector<int> unreached;
+    std::vector<int> gone, unreached;
     const int descriptors[] = {segment_.get(), liveness_fd_};
     for (int r = 0; r < world_; ++r) {
       const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
       const auto patience = std::max(left, std::chrono::milliseconds(1000));
-      if (r != rank_ && !DescriptorBox::send(hellos[r].token, rank_, 0, descriptors, patience)) unreached.push_back(r);
+      if (r == rank_ || DescriptorBox::send(hellos[r].token, rank_, 0, descriptors, patience)) continue;
+      // Where its socket would be within reach it has gone.
+      (mine_.place != 0 && hellos[r].place == mine_.place ? gone : unreached).push_back(r);
     }
+    if (!gone.empty()) throw_lost(gone);
     if (unreached.empty()) return;
     throw Error(ErrorKind::kUnsupported,
                 "pycoll: rank " + std::to_string(rank_) + " shares no memory with " + list(unreached) +
@@ -182,11 +187,30 @@ class Attach {
                 unreached.front());
   }
 
-  void hear_others() {
-    const std::vector<std::string> said = await_all("reached");
-    for (int r = 0; r < world_; ++r) {
-      if (said[r] != kReachedAll) throw Error(static_cast<ErrorKind>(said[r].at(0) - '0'), said[r].substr(1), r);
+  // Whoever gives up says why before its socket goes; the others have died.
+  [[noreturn]] void throw_lost(const std::vector<int>& gone) {
+    std::vector<int> silent;
+    for (const int r : gone) {
+      if (!store_.has(key("reached", r))) {
+        silent.push_back(r);
+      } else {
+        throw_if_failed(store_.get(key("reached", r)));
+      }
     }
+    const std::vector<int>& lost = silent.empty() ? gone : silent;
+    throw Error(ErrorKind::kPeerLost,
+                "pycoll: " + list(lost) + (lost.size() == 1 ? " is" : " are") + " lost: gone while the ranks met",
+                lost.front());
+  }
+
+  static void throw_if_failed(const std::string& said) {
+    if (said == kReachedAll) return;
+    const size_t space = said.find(' ');
+    throw Error(static_cast<ErrorKind>(said.at(0) - '0'), said.substr(space + 1), std::stoi(said.substr(1)));
+  }
+
+  void hear_others() {
+    for (const std::string& said : await_all("reached")) throw_if_failed(said);
   }
 
   // All peers have said that their pushes lie in this rank's socket.

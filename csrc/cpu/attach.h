@@ -60,8 +60,9 @@ struct Control {
   int32_t kind;       // ErrorKind
   int32_t culprit;
   char text[1024];
-  // 1 + the rank that this one waits for by now more than an instant, else 0: in a collective, in a send or receive.
-  uint32_t waits_for, mail_waits_for;
+  // Whom this rank waits for by now more than an instant, in a collective, and in a send or receive; and when it said so
+  // last (cpu/wait.cpp).
+  uint64_t waits_for, mail_waits_for;
   uint32_t closing;  // 1: starts no send or receive any more
   Doorbell doorbell;
   // For csrc/torch/cuda: how much of each rank's heap on a GPU this rank has mapped so far (csrc/README.md, G3).

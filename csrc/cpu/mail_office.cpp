@@ -31,7 +31,7 @@ class PostOffice::Visit {
   }
   Visit(const Visit&) = delete;
   void tell(int peer) {
-    if (!told_) office_.watch_.mail_waits_for(peer);
+    office_.watch_.mail_waits_for(peer);
     told_ = true;
   }
 

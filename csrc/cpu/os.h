@@ -78,6 +78,8 @@ class SignalsBlocked {
 int available_cores();       // that this process may run on
 uint64_t physical_memory();  // bytes
 std::string random_token();  // 32 hexadecimal digits
+// Processes with the same one reach each other's abstract sockets: the machine and its network namespace. 0: not known.
+uint64_t socket_place();
 [[noreturn]] void throw_errno(const std::string& doing);
 
 }  // namespace pycoll::cpu

@@ -13,6 +13,18 @@ namespace pycoll::cpu {
 
 namespace {
 std::atomic<void (*)()> interrupt_check{nullptr};
+
+// A word that says whom a rank waits for: one more than the rank, 0 for nobody, under the time in milliseconds.
+constexpr int kRankBits = 16;
+
+uint64_t milliseconds_now() {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now().time_since_epoch()).count());
+}
+
+uint64_t word_of_wait(int peer) {
+  return peer < 0 ? 0 : milliseconds_now() << kRankBits | static_cast<uint64_t>(peer + 1);
+}
 }  // namespace
 
 void set_interrupt_check(void (*check)()) { interrupt_check = check; }
@@ -46,9 +58,18 @@ void Watch::throw_if_any_rank_is_lost() const {
   }
 }
 
-void Watch::waits_for(int peer) const { store_release(a_.control(a_.rank).waits_for, static_cast<uint32_t>(peer + 1)); }
-void Watch::mail_waits_for(int peer) const {
-  store_release(a_.control(a_.rank).mail_waits_for, static_cast<uint32_t>(peer + 1));
+void Watch::waits_for(int peer) const { store_release(a_.control(a_.rank).waits_for, word_of_wait(peer)); }
+void Watch::mail_waits_for(int peer) const { store_release(a_.control(a_.rank).mail_waits_for, word_of_wait(peer)); }
+
+int Watch::awaited_by(int rank, std::chrono::milliseconds patience) const {
+  const Control& c = a_.control(rank);
+  for (const uint64_t* said : {&c.waits_for, &c.mail_waits_for}) {
+    const uint64_t word = load_acquire(*said), peer = word & ((1 << kRankBits) - 1);
+    if (peer == 0 || peer > static_cast<uint64_t>(a_.geometry.world)) continue;
+    const auto age = static_cast<int64_t>(milliseconds_now() - (word >> kRankBits));
+    if (age <= patience.count()) return static_cast<int>(peer) - 1;
+  }
+  return -1;
 }
 
 void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline,
@@ -93,13 +114,14 @@ Error Watch::lost(int rank, Fate fate) const {
 }
 
 Error Watch::late(int peer, std::chrono::milliseconds timeout, const std::string& doing) const {
-  int culprit = peer;  // who may itself be waiting for another, and so on: the last of the chain holds up all
+  // Who may itself be waiting for another, and so on: the last of the chain holds up all. Whoever has not said for long
+  // that it still waits does not run: it may have been stopped in a wait that would have ended meanwhile.
+  const auto patience = std::min(timeout / 2, std::chrono::milliseconds(500));
+  int culprit = peer;
   for (int i = 0; culprit >= 0 && i < a_.geometry.world; ++i) {
-    const Control& c = a_.control(culprit);
-    const uint32_t in_collective = load_acquire(c.waits_for);
-    const uint32_t next = in_collective != 0 ? in_collective : load_acquire(c.mail_waits_for);
-    if (next == 0 || next > static_cast<uint32_t>(a_.geometry.world) || static_cast<int>(next) - 1 == a_.rank) break;
-    culprit = static_cast<int>(next) - 1;
+    const int next = awaited_by(culprit, patience);
+    if (next < 0 || next == a_.rank) break;
+    culprit = next;
   }
   const std::string who =
       culprit < 0 ? "any rank: none came" : "rank " + std::to_string(culprit) + ", which is alive but did not come";
@@ -186,8 +208,8 @@ bool Waiter::yield_until_here(const Awaited& awaited) const {
 void Waiter::sleep_until_here(std::span<const Awaited> missing) const {
   const Awaited& awaited = missing[0];
   uint32_t& sleepers = const_cast<Cell*>(awaited.cell)->sleepers;
-  watch_.waits_for(awaited.peer);
   for (auto nap = kFirstSleep; !awaited.here(); nap = std::min(nap * 2, kLongestSleep)) {
+    watch_.waits_for(awaited.peer);
     fetch_add_seq_cst(sleepers, uint32_t{1});
     const uint64_t seen = load_seq_cst(awaited.cell->value);
     if (seen < awaited.value) futex_wait(awaited.cell->value, static_cast<uint32_t>(seen), nap);

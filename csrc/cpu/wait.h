@@ -61,7 +61,7 @@ class Watch {
   Error late(int peer, std::chrono::milliseconds timeout, const std::string& doing) const;
 
   // Names the rank that this one waits for (-1: none), so that a time-out can follow the chain to the rank that holds
-  // up all.
+  // up all. Said again about every 20 ms while it waits: a rank that is stopped says so no longer.
   void waits_for(int peer) const;
   void mail_waits_for(int peer) const;  // the same of sends and receives, which go on beside collectives
 
@@ -70,6 +70,7 @@ class Watch {
 
  private:
   void look_at(const Awaited& awaited) const;
+  int awaited_by(int rank, std::chrono::milliseconds patience) const;  // -1: it waits for nobody
 
   const Attachment& a_;
   std::atomic<std::chrono::milliseconds> timeout_;  // set by one thread, read by others

@@ -248,6 +248,49 @@ def test_a_stopped_rank_is_late_but_never_lost() -> None:
         assert ranks.result(1, HANG)[0] in ("TimeoutError", "PeerLostError")  # by now the others may have left
 
 
+def _stopped_in_a_wait(rank: Rank) -> tuple[str, str, int | None]:
+    comm = rank.communicator(timeout=1.5 if rank.rank == 2 else 50.0)
+    rank.say("ready")
+    rank.listen()
+    comm.all_reduce(torch.ones(3))  # rank 1 has done its part when it is stopped, and waits for rank 0
+    return outcome(comm.barrier)
+
+
+def test_a_rank_stopped_in_a_wait_is_blamed_itself() -> None:
+    """Though the last it said was that it waits for another."""
+    with Processes(_stopped_in_a_wait, 3) as ranks:
+        assert [ranks.hear(r) for r in range(3)] == ["ready"] * 3
+        ranks.tell(1, "go")
+        until_asleep(ranks.pid(1))
+        ranks.kill(1, signal.SIGSTOP)
+        ranks.tell(0, "go")
+        ranks.tell(2, "go")
+        for r in (0, 2):
+            kind, text, culprit = ranks.result(r, HANG)
+            assert kind == "TimeoutError" and "rank 2 waited" in text and culprit == 1
+
+
+def _dies_as_they_meet(rank: Rank) -> tuple[str, str, int | None]:
+    if rank.rank == 2:
+        rank.listen()
+    else:
+        rank.say("meeting")
+    return outcome(lambda: rank.communicator(timeout=20))
+
+
+def test_a_rank_that_dies_as_they_meet_is_lost() -> None:
+    """Its address is known by then, and nobody answers there."""
+    with Processes(_dies_as_they_meet, 3) as ranks:
+        assert [ranks.hear(r) for r in range(2)] == ["meeting"] * 2
+        until_asleep(ranks.pid(1))
+        ranks.kill(1)
+        ranks.exit_code(1)
+        ranks.tell(2, "come")
+        for r in (0, 2):
+            kind, text, culprit = ranks.result(r, HANG)
+            assert kind == "PeerLostError" and "rank 1 is lost: gone while the ranks met" in text and culprit == 1
+
+
 def _leaves_early(rank: Rank) -> tuple[str, str, int | None]:
     comm = rank.communicator()
     comm.barrier()

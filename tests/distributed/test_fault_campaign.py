@@ -1,0 +1,68 @@
+"""`pycoll faults`: as many seeds as fit into PYCOLL_FAULTS_SECONDS (45) from PYCOLL_FAULTS_FIRST (0) on; and that it
+finds what is broken."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pycoll import cli
+from pycoll.faults.campaign import Faults, Servers, campaign, report
+from pycoll.faults.script import make_script
+from pycoll.faults.verdict import BOUND
+
+SECONDS = float(os.environ.get("PYCOLL_FAULTS_SECONDS", "45"))
+FIRST = int(os.environ.get("PYCOLL_FAULTS_FIRST", "0"))
+BROKEN = Path(__file__).with_name("broken_server.py")
+
+
+@pytest.mark.timeout(SECONDS + 120)
+def test_every_rank_ends_as_it_should() -> None:
+    options = Faults(seeds=f"{FIRST}:{FIRST + 1_000_000}", seconds=SECONDS, jobs=2)
+    summary = campaign(options, Console(width=200))
+    assert [failure.seed for failure in summary.failures] == []
+    assert summary.seeds > 0 and summary.calls > summary.seeds
+    if summary.latencies and not summary.excused:
+        assert max(summary.latencies) <= BOUND
+
+
+def a_plain_seed() -> int:
+    """Of communicators, with an all-reduce, in which nothing is to go wrong."""
+    for seed in range(1000):
+        script = make_script(seed)
+        if script.front == "native" and script.fault.kind == "none" and len(script.calls) == 1 and not script.crash:
+            reductions = [c for c in script.calls[0] if c.operation == "all_reduce" and c.count and c.wait is None]
+            if any(len(script.groups[c.group].ranks) > 1 for c in reductions):
+                return seed
+    raise AssertionError("there is no such seed")
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("wrong_number", r"rank \d thread 0 call \d+: all_reduce.*elements are wrong"),
+        ("wrong_error", r"an error without a fault.*PeerLostError"),
+        ("leak", r"has left behind: \d+ descriptors"),
+        ("crash", r"ended with status -6 instead of 0"),
+        ("hang", r"(?s)ranks hang.*broken_server.py\", line \d+ in hang"),
+    ],
+)
+def test_what_is_broken_is_found(how: str, problem: str) -> None:
+    seed = a_plain_seed()
+    with Servers(1, (str(BROKEN), how)) as servers:
+        results = list(servers.play(iter([seed])))
+    assert len(results) == 1
+    text = "\n".join(report(results[0], verbose=False))
+    assert f"seed {seed} FAILED; alone: pycoll faults --seeds {seed} --verbose" in text
+    assert re.search(problem, text), text
+
+
+def test_one_seed_alone_shows_its_script(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = a_plain_seed()
+    assert cli.main(["faults", "--seeds", str(seed), "--verbose"]) == 0
+    shown = capsys.readouterr().out
+    assert str(make_script(seed)) in shown
+    assert re.search(r"rank 0: thread 0 call \d+ in group \d+, .* s: success", shown)
+    assert "no failure" in shown
