@@ -1,4 +1,4 @@
-"""The `pycoll` command: train, bench, info. Bad input ends with status 2, another error with 1, each in one line."""
+"""The `pycoll` command: train, bench, trace, info. Bad input ends with status 2, other errors with 1, in one line."""
 
 import importlib
 import json
@@ -57,6 +57,13 @@ def bench(arguments: Sequence[str]) -> int:
     return _choose("pycoll bench", "subject", subjects, arguments)
 
 
+def trace(arguments: Sequence[str]) -> int:
+    """show what ranks did last, from what they left when they failed"""
+    from pycoll.trace.main import main as trace_main
+
+    return trace_main(arguments)
+
+
 def info(arguments: Sequence[str]) -> int:
     """show what was built and what this machine offers"""
     import pycoll
@@ -73,7 +80,12 @@ def info(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"train": train, "bench": bench, "info": info}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "bench": bench,
+    "trace": trace,
+    "info": info,
+}
 
 
 def _choose(

@@ -17,10 +17,12 @@ from pycoll.errors import PeerLostError
 def test_help_offers_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {name} " in shown for name in ("train", "bench", "info"))
+    assert all(f"\n  {name} " in shown for name in ("train", "bench", "trace", "info"))
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["info", "--help"], ["bench", "all-reduce", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["train", "--help"], ["trace", "--help"], ["info", "--help"], ["bench", "all-reduce", "--help"]]
+)
 def test_each_command_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -36,7 +38,7 @@ def test_bench_names_its_subjects(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "error: pycoll has no command 'trian': choose one of train, bench, info\n"),
+        (["trian"], "error: pycoll has no command 'trian': choose one of train, bench, trace, info\n"),
         (["bench", "sort"], "error: pycoll bench has no subject 'sort': choose one of all-reduce, gpu, local-group\n"),
         (
             ["train", "--data", "/nowhere"],

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <span>
 #include <string>
 
@@ -45,6 +46,8 @@ class Watch {
 
   // Tells the other ranks why this one stops. Only the first failure of a rank counts; returns that one.
   Error fail(const Error& error) const;
+  // Called once, after the others have been told; it must not throw.
+  void on_failure(std::function<void(const Error&)> hook) { on_failure_ = std::move(hook); }
   void throw_if_failed() const;  // this rank's failure
   void throw_if_any_rank_failed() const;
 
@@ -70,6 +73,7 @@ class Watch {
 
   const Attachment& a_;
   std::atomic<std::chrono::milliseconds> timeout_;  // set by one thread, read by others
+  std::function<void(const Error&)> on_failure_;
 };
 
 constexpr auto kMovesNap = std::chrono::microseconds(20);  // while a GPU moves something
