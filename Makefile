@@ -8,7 +8,7 @@ ARGS ?=
 OUT ?= gpu-results
 
 PY := $(VENV)/bin/python
-CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # TORCH=... in so many words replaces a torch that is already there; the default does not.
 TORCH_CHOICE := $(if $(filter file,$(origin TORCH)),default,explicit)
 # Set up again when what the extension is built from has changed, torch included. The name tells checkouts and choices of torch

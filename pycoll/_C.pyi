@@ -62,6 +62,7 @@ class Communicator:
     def mem_allocator(self, device: torch.device) -> Any: ...
     def close(self) -> None: ...
     def abort(self, reason: str) -> None: ...
+    def trace(self) -> bytes: ...
 
 class LocalGroup:
     channels: int
@@ -76,5 +77,13 @@ class LocalGroup:
 
 class Backend(dist.ProcessGroup):
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, config: Config, cuda_config: Config, timeout: float
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        name: str,
+        config: Config,
+        cuda_config: Config,
+        timeout: float,
     ) -> None: ...
+    def trace(self) -> bytes: ...

@@ -19,6 +19,7 @@ from pycoll.errors import (  # noqa: E402
 )
 from pycoll.info import info  # noqa: E402
 from pycoll.local_group import LocalGroup  # noqa: E402
+from pycoll.trace import group_trace  # noqa: E402
 from pycoll.tuning import Config  # noqa: E402
 from pycoll.version import __version__  # noqa: E402
 
@@ -35,5 +36,6 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "__version__",
+    "group_trace",
     "info",
 ]

@@ -14,5 +14,11 @@ def create(options: Any, _backend_options: Any) -> Any:
     config = native_config(Config(heap_bytes=0), options.group_size)
     on_gpus = native_config(CUDA, options.group_size)
     return _C.Backend(
-        options.store, options.group_rank, options.group_size, config, on_gpus, options.timeout.total_seconds()
+        options.store,
+        options.group_rank,
+        options.group_size,
+        f"group {options.group_id}",
+        config,
+        on_gpus,
+        options.timeout.total_seconds(),
     )

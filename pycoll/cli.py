@@ -64,6 +64,11 @@ def faults(arguments: Sequence[str]) -> int:
     from pycoll.faults.campaign import main as faults_main
 
     return faults_main(tyro.cli(Faults, prog="pycoll faults", args=arguments))
+def trace(arguments: Sequence[str]) -> int:
+    """show what ranks did last, from what they left when they failed"""
+    from pycoll.trace.main import main as trace_main
+
+    return trace_main(arguments)
 
 
 def info(arguments: Sequence[str]) -> int:
@@ -86,6 +91,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "bench": bench,
     "faults": faults,
+    "trace": trace,
     "info": info,
 }
 

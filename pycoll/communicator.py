@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from pycoll.arrays import with_index
 from pycoll.collectives import Collectives
 from pycoll.errors import Error, UsageError
 from pycoll.rendezvous import seconds, store_from_env
+from pycoll.trace import parsed
 from pycoll.tuning import Config, native_config
 
 _alive: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -150,6 +152,18 @@ class Communicator(Collectives):
     def abort(self, reason: str = "aborted by the user") -> None:
         """Makes running and later calls fail on all ranks, with `reason`."""
         self._impl.abort(f"pycoll: rank {self.rank}: {reason}")
+
+    def trace(self) -> dict[str, Any]:
+        """What each rank did last, as this one sees it in shared memory: calls, messages and launches, with times.
+
+        No collective call, and any thread may make it, also while calls hang. `pycoll.trace.dump` lists the fields;
+        written to a file as JSON it is what `pycoll trace` reads. A rank that fails leaves such a file by itself, in
+        the folder that the environment variable PYCOLL_TRACE named when the communicator was made.
+
+        Raises:
+            Error: the communicator is closed.
+        """
+        return parsed(self._impl.trace())
 
     def __enter__(self) -> Communicator:
         return self

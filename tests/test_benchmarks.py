@@ -18,6 +18,7 @@ from pycoll.benchmarks import (
     gpu_ranks,
     local_group,
     mpi,
+    overhead,
     plot,
     ranks,
     report,
@@ -561,3 +562,13 @@ def test_readme_shows_committed_results() -> None:
     shown = report.Report.from_json((ROOT / found[1]).read_text(encoding="utf-8"))
     assert found[2] == summary.markdown(shown)
     assert (ROOT / found[1]).with_suffix(".png").exists()
+
+
+def test_what_overhead_leaves_out_is_there() -> None:
+    """The edits apply to the sources as they are, each once; else it would compare equals."""
+    for edits in overhead.VARIANTS.values():
+        for name in {name for name, _, _ in edits}:
+            source = (ROOT / name).read_text()
+            assert overhead.edited(source, name, edits) != source
+    with pytest.raises(ValueError, match="has changed"):
+        overhead.edited("other code", "a.h", [("a.h", "code of then", "")])

@@ -17,11 +17,12 @@ from pycoll.errors import PeerLostError
 def test_help_offers_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {name} " in shown for name in ("train", "bench", "faults", "info"))
+    assert all(f"\n  {name} " in shown for name in ("train", "bench", "faults", "trace", "info"))
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--help"], ["info", "--help"], ["faults", "--help"], ["bench", "all-reduce", "--help"]]
+    "arguments",
+    [[name, "--help"] for name in ("train", "faults", "trace", "info")] + [["bench", "all-reduce", "--help"]],
 )
 def test_each_command_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -38,7 +39,7 @@ def test_bench_names_its_subjects(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "error: pycoll has no command 'trian': choose one of train, bench, faults, info\n"),
+        (["trian"], "error: pycoll has no command 'trian': choose one of train, bench, faults, trace, info\n"),
         (
             ["bench", "sort"],
             "error: pycoll bench has no subject 'sort': choose one of all-reduce, collectives, gpu, local-group\n",

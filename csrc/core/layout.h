@@ -27,7 +27,7 @@ struct Geometry {
   size_t word_bytes = 0;  // what one rank may send another at once in words (core/words.h), flags included; 0: nothing
   size_t mail_bytes = 0;  // one buffer of a lane's pipe (core/mailbox.h); 0: there are no lanes
 
-  static constexpr size_t kControlBytes = 4096;
+  static constexpr size_t kControlBytes = 13 * 4096;  // cpu::Control; GPUs leave it empty
   static constexpr size_t kPage = size_t{2} << 20;
 
   PYCOLL_HD size_t cells_per_channel() const { return 2 + kLinkKinds + 4 * 2; }

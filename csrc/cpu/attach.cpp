@@ -1,5 +1,7 @@
 #include "cpu/attach.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -13,7 +15,7 @@ namespace pycoll::cpu {
 
 namespace {
 
-constexpr uint64_t kProtocol = 0x70796305;  // changes whenever a segment's layout or its use does
+constexpr uint64_t kProtocol = 0x70796306;  // changes whenever a segment's layout or its use does
 constexpr const char* kReachedAll = "0";    // else an error: its kind, the rank to blame, a space and its text
 
 struct Hello {
@@ -55,6 +57,7 @@ class Attach {
     listen_and_greet();
     const std::vector<Hello> hellos = read_hellos();
     auto result = std::make_shared<Attachment>();
+    result->origin = Instant::now();
     std::string said = kReachedAll;
     std::exception_ptr failure;
     try {
@@ -150,6 +153,7 @@ class Attach {
     }
     const Config c = Config::least(wishes);
     a.rank = rank_;
+    a.id = std::string(hellos[0].token, 16);
     a.one_shot_max_bytes = c.one_shot_max_bytes;
     a.channel_min_bytes = std::max<size_t>(c.channel_min_bytes, 1);
     // A place of at least one cache line for every rank.
@@ -166,6 +170,7 @@ class Attach {
     a.segments.resize(world_);
     a.segments[rank_] = Mapping(segment_.get(), a.geometry.segment_bytes());
     prefault(a.segments[rank_].data(), a.geometry.scratch_bytes());
+    reinterpret_cast<Control*>(a.segments[rank_].data())->pid = static_cast<uint32_t>(getpid());
     liveness_fd_ = a.keeper->page_fd();
   }
 

@@ -19,6 +19,7 @@
 #include "core/layout.h"
 #include "cpu/liveness.h"
 #include "cpu/os.h"
+#include "cpu/recorder.h"
 
 namespace pycoll::cpu {
 
@@ -53,7 +54,7 @@ struct Config {
 
 constexpr int kMostDeviceRanks = 16;  // of a communicator whose tensors are on GPUs
 
-// The page at the beginning of each segment, written by its owner alone.
+// The beginning of each segment, written by its owner alone.
 struct Control {
   uint32_t departed;  // 1: closed in order
   uint32_t failed;    // 0: no; 1: being written; 2: the fields below say why
@@ -67,11 +68,15 @@ struct Control {
   Doorbell doorbell;
   // For csrc/torch/cuda: how much of each rank's heap on a GPU this rank has mapped so far (csrc/README.md, G3).
   uint64_t mapped_device_heap[kMostDeviceRanks];
+  uint32_t pid;
+  Journal journals[kJournals];
 };
 static_assert(sizeof(Control) <= Geometry::kControlBytes);
 
 struct Attachment {
   int rank = 0;
+  std::string id;    // of the communicator, the same on all ranks
+  Instant origin{};  // before anything of it was recorded
   Geometry geometry{};
   size_t one_shot_max_bytes = 0, channel_min_bytes = 0;
   int cores = 1;                       // the least any rank may run on

@@ -1,12 +1,18 @@
 #include "cpu/call.h"
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 #include "algorithms/call.h"
 #include "cpu/error.h"
 
 namespace pycoll::cpu {
+
+InOut all_to_all_elements(const Call& call, int world) {
+  return {std::accumulate(call.send_counts, call.send_counts + world, uint64_t{0}),
+          std::accumulate(call.recv_counts, call.recv_counts + world, uint64_t{0})};
+}
 
 void check_algorithm(const Call& call) {
   if (!call.algorithm || call.meeting) return;

@@ -1,14 +1,15 @@
 // One collective as this rank calls it, and the record by which it tells the other ranks.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
-#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "core/record.h"
 #include "cpu/elsewhere.h"
 #include "cpu/heap.h"
+#include "cpu/recorder.h"
 
 namespace pycoll::cpu {
 
@@ -34,10 +35,10 @@ struct Call {
   Meeting* meeting = nullptr;
 };
 
+InOut all_to_all_elements(const Call& call, int world);  // the sums of its counts
 inline InOut elements_of(const Call& call, int world) {  // of its input and output
-  if (!call.send_counts) return elements_of(call.collective, call.count, world);
-  return {std::accumulate(call.send_counts, call.send_counts + world, uint64_t{0}),
-          std::accumulate(call.recv_counts, call.recv_counts + world, uint64_t{0})};
+  if (call.send_counts) return all_to_all_elements(call, world);
+  return elements_of(call.collective, call.count, world);
 }
 
 // Throws Error (kUnsupported) for an algorithm that the CPU has not.
@@ -68,6 +69,28 @@ inline CallRecord record_of(const Call& call, uint64_t sequence, int world, cons
     r.algorithm = call.algorithm.value_or(small ? Algorithm::kOneShot : Algorithm::kTwoShot);
   }
   return r;
+}
+
+// What the recorder keeps of a call.
+inline Entry entry_of(const Call& call, const CallRecord& r, int world, int channels, bool in_caller) {
+  Entry e;
+  e.sequence = r.sequence;
+  e.count = r.count;
+  if (call.send_counts) {
+    const InOut elements = elements_of(call, world);
+    e.count = std::max(elements.in, elements.out);
+  }
+  e.shape = r.shape;
+  e.peer = r.root;
+  e.deed = Deed::kCollective;
+  e.collective = r.collective;
+  e.algorithm = r.algorithm;
+  e.dtype = r.dtype;
+  e.op = r.op;
+  e.channels = static_cast<uint8_t>(channels);
+  const bool on_gpu = call.mover != nullptr || call.meeting != nullptr;
+  e.flags = static_cast<uint8_t>((in_caller ? 0 : Entry::kQueued) | (on_gpu ? Entry::kOnGpu : 0));
+  return e;
 }
 
 }  // namespace pycoll::cpu

@@ -12,6 +12,7 @@
 #include "cpu/mail_office.h"
 #include "cpu/mismatch.h"
 #include "cpu/queue.h"
+#include "cpu/trace.h"
 
 namespace pycoll::cpu {
 
@@ -21,6 +22,8 @@ struct Communicator::Impl {
   std::shared_ptr<Heap> heap;
   PeerTable table;
   Watch watch;
+  Tracer tracer;
+  Recorder recorder, launches;
   int spins;
   std::vector<WindowState> windows;
   std::vector<std::unique_ptr<ChannelLinks>> links;
@@ -35,16 +38,20 @@ struct Communicator::Impl {
   std::shared_ptr<PostOffice> office;
   Mail mail;
 
-  Impl(std::shared_ptr<Attachment> a, std::chrono::milliseconds timeout)
+  Impl(std::shared_ptr<Attachment> a, std::chrono::milliseconds timeout, const std::string& name)
       : attachment(std::move(a)),
         heap(std::make_shared<Heap>(attachment->table().heap(attachment->rank), attachment->geometry.heap_bytes)),
         table(attachment->table()),
         watch(*attachment, timeout),
+        tracer(*attachment, watch, name),
+        recorder(attachment->control(attachment->rank).journals[kCalls]),
+        launches(attachment->control(attachment->rank).journals[kLaunches]),
         spins(attachment->spins()),
         windows(table.geometry.channels),
         records(table.geometry.world),
         office(std::make_shared<PostOffice>(*attachment, watch, spins, &queue)),
         mail(office) {
+    watch.on_failure([this](const Error& error) { tracer.tell_failure(error); });
     for (int c = 0; c < table.geometry.channels; ++c) links.push_back(std::make_unique<ChannelLinks>(table, c));
   }
 
@@ -75,7 +82,10 @@ struct Communicator::Impl {
     watch.throw_if_failed();
     const CallRecord mine = record_of(call, sequence, world(), *heap, attachment->one_shot_max_bytes);
     ++sequence;
-    std::exception_ptr failure = guarded([&] { collective(call, mine, in_caller); });
+    // Alone, or where the CPU moves nothing, one does it all.
+    const int channels = world() == 1 || call.mover || call.meeting ? 1 : channels_for(mine);
+    const uint64_t entry = recorder.begin(entry_of(call, mine, world(), channels, in_caller));
+    std::exception_ptr failure = guarded([&] { collective(call, mine, channels, in_caller); });
     const std::exception_ptr other = lanes.join([&] {
       const std::exception_ptr interrupted = in_caller ? guarded(check_interrupt) : nullptr;
       if (interrupted && !failure) failure = interrupted;
@@ -86,6 +96,7 @@ struct Communicator::Impl {
     }
     // A rank that failed may have used its tensors again while this one still read them (F5).
     if (!failure && reaches_into_tensors(mine, records)) failure = guarded([&] { watch.throw_if_any_rank_failed(); });
+    recorder.end(entry, failure != nullptr);
     if (failure) std::rethrow_exception(failure);
   }
 
@@ -100,7 +111,7 @@ struct Communicator::Impl {
     }
   }
 
-  void collective(const Call& call, const CallRecord& mine, bool in_caller) {
+  void collective(const Call& call, const CallRecord& mine, int channels, bool in_caller) {
     const Operation op{static_cast<const std::byte*>(call.in),
                        static_cast<std::byte*>(call.out),
                        size_of(call.dtype),
@@ -110,8 +121,6 @@ struct Communicator::Impl {
                        call.send_counts,
                        call.recv_counts};
     const auto timeout = call.timeout.count() > 0 ? call.timeout : watch.timeout();
-    // Alone, or where the CPU moves nothing, one does it all.
-    const int channels = world() == 1 || call.mover || call.meeting ? 1 : channels_for(mine);
     // The entry: on channel 0, with the record; the other channels start when it has passed.
     const auto enter = [&](Window<Executor>& w) {
       table.barrier_cell(rank(), 0, windows[0].epoch + 1).record = mine;
@@ -197,6 +206,7 @@ struct Communicator::Impl {
     lanes.stop();
     if (last) std::exchange(last, nullptr)();
     closed = true;
+    tracer.tell_closed();
     store_release(attachment->control(rank()).departed, uint32_t{1});
     {
       const std::lock_guard no_user(mapped);
@@ -222,14 +232,15 @@ struct Communicator::Impl {
   }
 };
 
-Communicator::Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout) {
+Communicator::Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout,
+                           const std::string& name) {
   if (world < 1 || rank < 0 || rank >= world) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: rank " + std::to_string(rank) + " is not in a world of " + std::to_string(world));
   }
   const std::shared_ptr<Attachment> attachment =
       attach(store, rank, world, config, Clock::now() + timeout, check_interrupt);
-  impl_ = std::make_unique<Impl>(attachment, timeout);
+  impl_ = std::make_unique<Impl>(attachment, timeout, name);
   run({.collective = Collective::kBarrier});  // when all have mapped all, what was in the store has served
   for (const std::string& key : attachment->store_keys) store.erase(key);
 }
@@ -325,6 +336,15 @@ std::vector<std::string> Communicator::gather(const std::string& bytes) {
   for (int r = 0; r < world(); ++r) parts.push_back(all.substr(r * bytes.size(), bytes.size()));
   return parts;
 }
+
+std::string Communicator::trace() const {
+  impl_->check_open();
+  const std::lock_guard user(impl_->mapped);
+  if (!impl_->attachment) impl_->check_open();  // closed meanwhile
+  return impl_->tracer.trace();
+}
+
+Recorder& Communicator::launches() const { return impl_->launches; }
 
 const std::vector<std::byte*>& Communicator::segments() const { return impl_->attachment->base; }
 

@@ -19,8 +19,9 @@ class Communicator {
   struct Impl;
 
  public:
-  // Meets the other ranks through the store; returns when all have attached. Throws Error.
-  Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout);
+  // Meets the other ranks through the store; returns when all have attached. Throws Error. `name`: for people.
+  Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout,
+               const std::string& name = "communicator");
   ~Communicator();  // as close()
 
   // What runs without others of this rank between: collectives, and what belongs before, between and after them.
@@ -65,6 +66,10 @@ class Communicator {
   Monitor monitor() const;
   // Called once, by close(), when no call runs any more, and before memory is given back.
   void on_close(std::function<void()> last);
+
+  // What all ranks have done last (cpu/trace.h), as JSON. Throws Error once closed.
+  std::string trace() const;
+  Recorder& launches() const;  // for who launches collectives on this rank's GPU, one at a time, until on_close
 
   // The bytes of all ranks, as many of each, in rank order. A collective.
   std::vector<std::string> gather(const std::string& bytes);

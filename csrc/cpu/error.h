@@ -15,6 +15,14 @@ enum class ErrorKind : int {
   kUsage,        // a bad argument of this rank alone: the communicator stays usable
 };
 
+// The class of pycoll/errors.py.
+constexpr const char* name(ErrorKind kind) {
+  constexpr const char* names[] = {
+      "Error", "Error", "MismatchError", "PeerLostError", "TimeoutError", "UnsupportedError", "UsageError"};
+  const int i = static_cast<int>(kind);  // which may come out of a peer's memory
+  return i >= 0 && i < 7 ? names[i] : names[0];
+}
+
 class Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& what, int rank = -1) : std::runtime_error(what), kind(kind), rank(rank) {}

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/mail.h"
+#include "cpu/recorder.h"
 
 namespace pycoll::cpu {
 
@@ -24,6 +25,7 @@ struct Letter {
 
   Mail::Done done;              // asynchronous only, until it is called
   uint64_t number = 0;          // of its lane, once announced or met
+  uint64_t entry = 0;           // of the recorder
   int source;                   // of a receive: kAnySource until it has met its message
   size_t moved = 0;             // bytes
   bool ready = false;           // its mover has done what came before the message
@@ -38,14 +40,29 @@ struct Letter {
 using LetterPtr = std::shared_ptr<Letter>;
 
 struct Books {
+  explicit Books(Journal& journal) : recorder(journal) {}
+
   size_t open = 0, asynchronous = 0;  // requests that have not ended, and those of them that have a `done`
   std::vector<LetterPtr> finished;    // their `done` is to be called
+  Recorder recorder;
 
   void begin(const LetterPtr& letter) {
     ++open;
     asynchronous += letter->asynchronous;
+    const Message& m = letter->message;
+    Entry entry;
+    entry.sequence = recorder.count();
+    entry.count = m.bytes;
+    entry.shape = m.kind;
+    entry.peer = m.peer;
+    entry.tag = m.tag;
+    entry.deed = letter->outgoing ? Deed::kSend : Deed::kReceive;
+    entry.flags = static_cast<uint8_t>((letter->asynchronous ? Entry::kQueued : 0) | (m.mover ? Entry::kOnGpu : 0));
+    letter->entry = recorder.begin(entry);
   }
   void end(const LetterPtr& letter, std::exception_ptr failure = nullptr) {
+    if (letter->message.peer == kAnySource) recorder.set_peer(letter->entry, letter->source, letter->message.tag);
+    recorder.end(letter->entry, failure != nullptr);
     if (letter->asynchronous) finished.push_back(letter);
     --open;
     asynchronous -= letter->asynchronous;

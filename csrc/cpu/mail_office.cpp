@@ -60,7 +60,8 @@ PostOffice::PostOffice(const Attachment& attachment, const Watch& watch, int spi
       turns_(turns),
       bell_(attachment.control(rank_).doorbell),
       lanes_(world_),
-      matching_(world_) {}
+      matching_(world_),
+      books_(attachment.control(rank_).journals[kMessages]) {}
 
 PostOffice::~PostOffice() {
   if (postman_.joinable()) postman_.detach();  // in a forked child: it is the parent's

@@ -144,6 +144,7 @@ Error Watch::fail(const Error& error) const {
   c.culprit = error.rank;
   std::snprintf(c.text, sizeof(c.text), "%s", error.what());
   exchange_seq_cst(c.failed, uint32_t{2});  // before anything the caller does to its tensors after the error
+  if (on_failure_) on_failure_(error);
   return error;
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
+#include <functional>
 #include <span>
 #include <string>
 
@@ -48,6 +49,8 @@ class Watch {
   Error fail(const Error& error) const;
   // The same for whatever was thrown; returns what to throw on. `doing`: what a signal's handler interrupted.
   std::exception_ptr fail(const std::exception_ptr& thrown, const std::string& doing) const;
+  // Called once, after the others have been told; it must not throw.
+  void on_failure(std::function<void(const Error&)> hook) { on_failure_ = std::move(hook); }
   void throw_if_failed() const;  // this rank's failure
   void throw_if_any_rank_failed() const;
 
@@ -74,6 +77,7 @@ class Watch {
 
   const Attachment& a_;
   std::atomic<std::chrono::milliseconds> timeout_;  // set by one thread, read by others
+  std::function<void(const Error&)> on_failure_;
 };
 
 constexpr auto kMovesNap = std::chrono::microseconds(20);  // while a GPU moves something

@@ -78,9 +78,9 @@ Alive& alive() {
 
 }  // namespace
 
-Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Config& config,
-                 const cpu::Config& cuda_config, double timeout_seconds)
-    : c10d::Backend(rank, world), caller_(store, "group", rank, world, config, cuda_config, timeout_seconds) {
+Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& label,
+                 const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds)
+    : c10d::Backend(rank, world), caller_(store, "group", label, rank, world, config, cuda_config, timeout_seconds) {
   const std::lock_guard guard(alive().lock);
   std::erase_if(alive().groups, [](const auto& group) { return group.expired(); });
   alive().groups.push_back(caller_.shared_comm());
@@ -299,9 +299,18 @@ void bind_backend(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
   py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend>(m, "Backend",
                                                                   "The c10d backend; see pycoll/backend.py.")
-      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const cpu::Config&, const cpu::Config&, double>(),
-           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("config"), py::arg("cuda_config"),
-           py::arg("timeout"), py::call_guard<py::gil_scoped_release>());
+      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Config&,
+                    const cpu::Config&, double>(),
+           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("name"), py::arg("config"),
+           py::arg("cuda_config"), py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
+      .def("trace", [](const Backend& b) {
+        std::string text;
+        {
+          const py::gil_scoped_release no_gil;
+          text = b.trace();
+        }
+        return py::bytes(text);
+      });
 }
 
 }  // namespace pycoll::bindings

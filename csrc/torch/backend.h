@@ -12,8 +12,8 @@ class Backend : public c10d::Backend {
   using Work = c10::intrusive_ptr<c10d::Work>;
   using TensorLists = std::vector<Tensors>;
 
-  Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Config& config,
-          const cpu::Config& cuda_config, double timeout_seconds);
+  Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& label,
+          const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds);
 
   // At the end of the interpreter: drains and closes the groups that are still there, while Python can still answer.
   static void close_all();
@@ -51,6 +51,8 @@ class Backend : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override { caller_.comm().set_timeout(timeout); }
   void abort() override { caller_.comm().abort("pycoll: rank " + std::to_string(getRank()) + " aborted the group"); }
   void shutdown() override { caller_.comm().close(); }
+
+  std::string trace() const { return caller_.comm().trace(); }
 
   bool supportsTensorAlloc(c10::DeviceIndex device) override;
   at::Tensor allocateTensor(long size, at::TensorOptions options) override;  // that peers map

@@ -26,6 +26,13 @@ std::optional<at::Device> device_of(const Job& job) {
   return std::nullopt;
 }
 
+// What profilers show of a job: its inputs; on a rank that has none, as in a broadcast from another, its outputs.
+Tensors shown(const Job& job) {
+  Tensors tensors;
+  for (const Dense& d : job.reads.empty() ? job.writes : job.reads) tensors.push_back(d.tensor());
+  return tensors;
+}
+
 // All of a job, in its turn; `run(call)` makes a call.
 template <class Run>
 void carry_out(const Job& job, DeviceTurn* turn, const Run& run) {
@@ -42,10 +49,10 @@ std::function<void(std::exception_ptr)> completing(const c10::intrusive_ptr<Work
 
 }  // namespace
 
-Caller::Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, int rank, int world,
-               const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds) {
+Caller::Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, const std::string& label,
+               int rank, int world, const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds) {
   TorchStore keys(store, name);
-  comm_ = std::make_shared<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds));
+  comm_ = std::make_shared<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds), label);
   device_ = std::make_unique<DeviceSlot>(*comm_, cuda_config);
 }
 
@@ -55,7 +62,14 @@ Caller::~Caller() {
   comm_.reset();
 }
 
-void Caller::run(Job& job) {
+void Caller::run(const char* title, Job& job) {
+  std::optional<at::RecordFunction> record;
+  if (at::hasCallbacks()) {
+    record.emplace(at::RecordScope::USER_SCOPE);
+    std::vector<c10::IValue> inputs;
+    for (const at::Tensor& t : shown(job)) inputs.emplace_back(t);
+    if (record->isActive()) record->before(title, c10::ArrayRef<const c10::IValue>(inputs.data(), inputs.size()));
+  }
   const std::shared_ptr<DeviceTurn> turn = prepare(job, /*async=*/false);
   block_on(job, turn.get());
 }
@@ -95,8 +109,7 @@ c10::intrusive_ptr<Work> Caller::work_for(c10d::OpType type, const char* title, 
 }
 
 c10::intrusive_ptr<Work> Caller::start(c10d::OpType type, const char* title, Job job, bool async) {
-  Tensors inputs;
-  for (const Dense& d : job.reads) inputs.push_back(d.tensor());
+  const Tensors inputs = shown(job);
   const std::shared_ptr<DeviceTurn> turn = prepare(job, async);
   auto work = work_for(type, title, inputs, job.result, turn);
   if (!async) {

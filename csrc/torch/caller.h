@@ -15,9 +15,9 @@ namespace pycoll::bindings {
 
 class Caller {
  public:
-  // Meets the other ranks, under a name of its own on the store.
-  Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, int rank, int world,
-         const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds);
+  // Meets the other ranks, under a name of its own on the store. `label`: what people are told that it is.
+  Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, const std::string& label, int rank,
+         int world, const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds);
   ~Caller();  // closes; without Python's lock, which callbacks of futures may need
 
   Seat seat() const { return {comm_->rank(), comm_->world()}; }
@@ -25,10 +25,10 @@ class Caller {
   const std::shared_ptr<cpu::Communicator>& shared_comm() const { return comm_; }
   DeviceSlot& device() const { return *device_; }
 
-  // Blocks until done (on a GPU: until the current stream will go on after it). Throws Error.
-  void run(Job& job);
-  // The same with a handle, which `async` is returned at once. Throws Error. `title`: for profilers, such as
-  // "pycoll:all_reduce".
+  // Blocks until done (on a GPU: until the current stream will go on after it). Throws Error. `title`: for profilers, such
+  // as "pycoll:all_reduce".
+  void run(const char* title, Job& job);
+  // The same with a handle, which `async` is returned at once. Throws Error.
   c10::intrusive_ptr<Work> start(c10d::OpType type, const char* title, Job job, bool async);
   // What no single job can say, on the CPU: `turn` runs when its turn has come.
   c10::intrusive_ptr<Work> start(c10d::OpType type, const char* title, Tensors tensors, cpu::Communicator::Turn turn,

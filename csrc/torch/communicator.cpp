@@ -15,7 +15,7 @@ class PyCommunicator {
  public:
   PyCommunicator(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& name,
                  const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds)
-      : caller_(store, name, rank, world, config, cuda_config, timeout_seconds) {}
+      : caller_(store, name, "communicator " + name, rank, world, config, cuda_config, timeout_seconds) {}
 
   using Handle = c10::intrusive_ptr<c10d::Work>;  // of what is asynchronous; else null
 
@@ -108,7 +108,18 @@ class PyCommunicator {
     const py::gil_scoped_release no_gil;
     caller_.comm().close();
   }
-  void abort(const std::string& why) { caller_.comm().abort(why); }
+  void abort(const std::string& why) {
+    const py::gil_scoped_release no_gil;  // a failure may be told on standard error, and to a file
+    caller_.comm().abort(why);
+  }
+  py::bytes trace() const {
+    std::string text;
+    {
+      const py::gil_scoped_release no_gil;
+      text = caller_.comm().trace();
+    }
+    return text;
+  }
   bool closed() const { return caller_.comm().closed(); }
   size_t footprint() const { return caller_.comm().footprint(); }
   size_t device_footprint() const {
@@ -161,7 +172,7 @@ class PyCommunicator {
       if (async) {
         handle = caller_.start(type, title, std::move(job), async);
       } else {
-        caller_.run(job);
+        caller_.run(title, job);
       }
     }
     for (const at::Tensor& t : written) t.unsafeGetTensorImpl()->bump_version();  // autograd must know of the write
@@ -206,6 +217,7 @@ void bind_communicator(py::module_& m) {
       .def("mem_allocator", &PyCommunicator::mem_allocator)
       .def("close", &PyCommunicator::close)
       .def("abort", &PyCommunicator::abort)
+      .def("trace", &PyCommunicator::trace)
       .def_property_readonly("closed", &PyCommunicator::closed)
       .def_property_readonly("channels", &PyCommunicator::channels)
       .def_property_readonly("footprint", &PyCommunicator::footprint)

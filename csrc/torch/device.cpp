@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #endif
 
+#include "cpu/log.h"
 #include "torch/errors.h"
 
 namespace pycoll::bindings {
@@ -37,6 +38,7 @@ void DeviceSlot::meet(at::Device device) {
   if (!has_device()) {
 #ifdef PYCOLL_WITH_CUDA
     std::unique_ptr<Device> made = make_device(host_, config_, device);
+    cpu::log(cpu::LogLevel::kInfo, host_.rank(), host_.world(), [&] { return "on GPUs: " + made->describe(); });
     const std::unique_lock no_user(state_->use);
     state_->where = device;
     state_->device = std::move(made);

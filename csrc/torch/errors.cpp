@@ -8,28 +8,8 @@ namespace {
 
 PyObject* error_class(ErrorKind kind) {
   static PyObject* const classes =
-      py::module_::import("pycoll.errors").release().ptr();  // lives as long as the process
-  const char* name = "Error";
-  switch (kind) {
-    case ErrorKind::kMismatch:
-      name = "MismatchError";
-      break;
-    case ErrorKind::kPeerLost:
-      name = "PeerLostError";
-      break;
-    case ErrorKind::kTimeout:
-      name = "TimeoutError";
-      break;
-    case ErrorKind::kUnsupported:
-      name = "UnsupportedError";
-      break;
-    case ErrorKind::kUsage:
-      name = "UsageError";
-      break;
-    case ErrorKind::kError:
-      break;
-  }
-  return py::getattr(classes, name).release().ptr();  // the module keeps it
+      py::module_::import("pycoll.errors").release().ptr();      // lives as long as the process
+  return py::getattr(classes, cpu::name(kind)).release().ptr();  // the module keeps it
 }
 
 void raise(ErrorKind kind, const char* what, int rank) {

@@ -207,7 +207,8 @@ void PeerGroup::fail(const std::string& why) {
 }
 
 void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
-  if (!is_capturing(at::cuda::getCurrentCUDAStream().stream())) take_in_peers_memory();
+  const bool captured = is_capturing(at::cuda::getCurrentCUDAStream().stream());
+  if (!captured) take_in_peers_memory();
   const size_t element = size_of(call.dtype);
   const InOut elements = elements_of(call, host_.world());
   cuda_device::DeviceCall d{};
@@ -231,7 +232,19 @@ void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
     std::copy_n(call.send_counts, host_.world(), counts.send[0]);
     std::copy_n(call.recv_counts, host_.world(), counts.recv[0]);
   }
-  launcher_->launch(d, call.send_counts ? &counts : nullptr);
+  cpu::Recorder& recorder = host_.launches();
+  cpu::Entry entry = cpu::entry_of(call, d.record, host_.world(), d.channels, /*in_caller=*/true);
+  entry.deed = cpu::Deed::kLaunch;
+  entry.sequence = recorder.count();
+  entry.flags = static_cast<uint8_t>(cpu::Entry::kOnGpu | (captured ? cpu::Entry::kCaptured : 0));
+  const uint64_t begun = recorder.begin(entry);
+  try {
+    launcher_->launch(d, call.send_counts ? &counts : nullptr);
+  } catch (...) {
+    recorder.end(begun, /*failed=*/true);
+    throw;
+  }
+  recorder.end(begun, /*failed=*/false);
 }
 
 // Where memory lies in the heap, if all peers have mapped it by now.
