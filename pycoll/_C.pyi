@@ -73,7 +73,19 @@ class LocalGroup:
     def reduce_scatter(self, tensors: Sequence[Tensor], out: Sequence[Tensor], op: str) -> None: ...
     def abort(self) -> None: ...
 
+class BackendOptions: ...
+
 class Backend(dist.ProcessGroup):
+    options: BackendOptions
+
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, config: Config, cuda_config: Config, timeout: float
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        config: Config,
+        cuda_config: Config,
+        timeout: float,
+        global_ranks: Sequence[int],
     ) -> None: ...
+    def perform_nocolor_split(self, device: torch.device) -> None: ...
