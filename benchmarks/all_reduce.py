@@ -66,22 +66,12 @@ def main(config: AllReduceBench) -> int:
     except ValueError as e:
         Console(stderr=True).print(f"pycoll bench: {e}", style="red", markup=False)
         return 2
-    console = Console()
-    console.width = max(console.width, 110)  # of a pipe it would be 80, too narrow for the table
-    console.print(report.table(found))
-    for line in report.notes(found):
-        console.print(line, style="dim", markup=False, highlight=False)
-    config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / f"all_reduce-{config.ranks}-ranks-{config.dtype}.json"
-    path.write_text(found.to_json())
-    plot.draw(found, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}", markup=False)
-    for failure in found.failures:
-        console.print(f"FAILED {failure}", style="red", markup=False)
+    report.publish(found, report.table(found), path, plot.draw, width=110)
     failed = bool(found.failures)
     if config.check:
         checked = bars.evaluate(found)
-        console.print(bars.table(checked))
+        Console().print(bars.table(checked))
         failed = failed or not all(bar.passed for bar in checked)
     return int(failed)
 
@@ -115,7 +105,7 @@ def _run(config: AllReduceBench) -> report.Report:
             except GroupFailed as e:
                 found.failures.append(str(e))
         contest = Contest(groups, found)
-        progress = stack.enter_context(_progress())
+        progress = stack.enter_context(progress_bar())
         task = progress.add_task("", total=len(sizes))
 
         def show(done: int, part: float) -> None:
@@ -133,7 +123,7 @@ def _libraries(config: AllReduceBench, folder: Path) -> list[Launch]:
     found = []
     for library in ("pycoll", "gloo"):
         if library in config.contenders:
-            found.append(Launch(library, _python("torch_ranks", library, str(folder / library))))
+            found.append(Launch(library, python("torch_ranks", library, str(folder / library))))
     if "mpi" in config.contenders:
         for home in config.mpi:
             found += launches(find(home), config.ranks, config.dtype)
@@ -146,15 +136,15 @@ def _ceiling(config: AllReduceBench, largest: int, folder: Path, stack: ExitStac
     for descriptor in descriptors:
         stack.callback(os.close, descriptor)
     environment = {memory.DESCRIPTORS_VARIABLE: ",".join(map(str, descriptors))}
-    command = _python("ceiling_ranks", str(folder / "ceiling"))
+    command = python("ceiling_ranks", str(folder / "ceiling"))
     return Launch("ceiling", command, environment=environment, inherited=descriptors)
 
 
-def _python(module: str, *arguments: str) -> list[str]:
+def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"{__package__}.{module}", *arguments]
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     columns = (TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True))
 

@@ -38,9 +38,18 @@ class Contest:
             if replies:
                 self._groups[group] = replies[0]
 
-    def measure(self, size: int, effort: timing.Effort, tick: Callable[[float], object]) -> None:
-        """Adds the rows of tensors of `size` bytes; after each round, gives `tick` the part of the work done so far."""
-        entrants = self._prepare(size)
+    def measure(
+        self,
+        size: int,
+        effort: timing.Effort,
+        tick: Callable[[float], object],
+        wanted: Callable[[Key], bool] = lambda key: True,
+    ) -> None:
+        """Adds the rows of tensors of `size` bytes; after each round, gives `tick` the part of the work done so far.
+
+        `wanted`: which contenders take part.
+        """
+        entrants = self._prepare(size, wanted)
         start = time.monotonic()
         rounds = 0
         while not effort.enough(rounds, time.monotonic() - start):
@@ -62,12 +71,12 @@ class Contest:
             if replies:
                 self.report.facts[group.name] = replies[0]
 
-    def _prepare(self, size: int) -> list[_Entrant]:
+    def _prepare(self, size: int, wanted: Callable[[Key], bool]) -> list[_Entrant]:
         """All contenders with tensors of `size` bytes, checked and warmed up."""
         entrants = []
         count = size // values.ITEMSIZE[self.report.dtype]
         for group, keys in list(self._groups.items()):
-            for key in keys:
+            for key in filter(wanted, keys):
                 prepared = self._ask(group, "prepare", key, count, self.report.dtype)
                 if self._refused(group, key, size, prepared):
                     continue

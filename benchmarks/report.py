@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from .timing import Timing, format_bytes
@@ -83,15 +84,17 @@ class Report:
         rows = [row for row in self.rows if all(getattr(row, key) == value for key, value in wanted.items())]
         return sorted(rows, key=lambda row: row.timing.median)
 
-    def busbw_factor(self) -> float:
-        """busbw / algbw of an all-reduce: each rank must move 2 (n - 1) / n of its tensor (as in nccl-tests)."""
-        return 2 * (self.world_size - 1) / self.world_size
+    def busbw_factor(self, collective: str = "all_reduce") -> float:
+        """busbw / algbw, as in nccl-tests: in an all-reduce each rank must move 2 (n - 1) / n of its tensor."""
+        share = (self.world_size - 1) / self.world_size
+        return {"all_reduce": 2 * share, "broadcast": 1, "reduce": 1, "send_recv": 1}.get(collective, share)
 
     def to_json(self) -> str:
         """All of it, times in seconds and bandwidths in bytes a second."""
         content = dataclasses.asdict(self)
         for row, values in zip(self.rows, content["rows"], strict=True):
-            values["algbw"], values["busbw"] = row.algbw, row.algbw * self.busbw_factor()
+            collective = row.algorithm if self.benchmark == "collectives" else "all_reduce"
+            values["algbw"], values["busbw"] = row.algbw, row.algbw * self.busbw_factor(collective)
         return json.dumps(content, indent=1)
 
     @classmethod
@@ -166,3 +169,18 @@ def write(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+def publish(report: Report, shown: Table, path: Path, draw: Callable[[Report, Path], object], width: int) -> None:
+    """Prints the table, `width` columns wide or more, and the notes; writes JSON, and a picture beside it."""
+    console = Console()
+    console.width = max(console.width, width)  # of a pipe it would be 80
+    console.print(shown)
+    for line in notes(report):
+        console.print(line, style="dim", markup=False, highlight=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report.to_json())
+    draw(report, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}", markup=False)
+    for failure in report.failures:
+        console.print(f"FAILED {failure}", style="red", markup=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pycoll_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pycoll_autoload.py")
 SOURCES = (*FILES, "build_support", "csrc", "pycoll", "benchmarks", "tests")
 # Of what a checkout holds there, what a build leaves behind.
 LEFT_OUT = shutil.ignore_patterns("_C.*.so", "_C.*.json", "*.egg-info", "__pycache__", "results")

@@ -17,6 +17,7 @@ from pycoll.errors import Error, UnsupportedError, UsageError
 
 BENCHMARKS = {
     "all-reduce": ("pycoll.benchmarks.all_reduce", "AllReduceBench"),
+    "collectives": ("pycoll.benchmarks.collectives", "CollectivesBench"),
     "gpu": ("pycoll.benchmarks.gpu", "GpuBench"),
     "local-group": ("pycoll.benchmarks.local_group", "LocalGroupBench"),
 }

@@ -444,7 +444,7 @@ def test_cuda_link_installs_what_the_build_requires() -> None:
 
 def test_cuda_link_copies_the_sources_and_keeps_the_objects(tmp_path: Path) -> None:
     root, target = tmp_path / "checkout", tmp_path / "copy"
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/cuda/a.cu", "pycoll/_C.pyi"):
+    for name in (*pycoll_cuda_link.FILES, "csrc/cuda/a.cu", "pycoll/_C.pyi"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("new", encoding="utf-8")
     for name in ("build_support", "benchmarks", "tests"):
@@ -456,7 +456,7 @@ def test_cuda_link_copies_the_sources_and_keeps_the_objects(tmp_path: Path) -> N
     os.utime(root / "csrc" / "cuda" / "a.cu", (1, 1))
     pycoll_cuda_link.copy_sources(target, root)
     there = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    sources = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/cuda/a.cu", "pycoll/_C.pyi"}
+    sources = {*pycoll_cuda_link.FILES, "csrc/cuda/a.cu", "pycoll/_C.pyi"}
     assert there == sources | {"build/a.o"}
     assert (target / "setup.py").read_text(encoding="utf-8") == "new"
     assert (target / "csrc" / "cuda" / "a.cu").stat().st_mtime == 1, "ninja would compile it again"

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
-#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -17,12 +16,6 @@
 #include "cpu/queue.h"
 
 namespace pycoll::cpu {
-
-InOut elements_of(const Call& call, int world) {
-  if (!call.send_counts) return elements_of(call.collective, call.count, world);
-  return {std::accumulate(call.send_counts, call.send_counts + world, uint64_t{0}),
-          std::accumulate(call.recv_counts, call.recv_counts + world, uint64_t{0})};
-}
 
 struct Communicator::Impl {
   std::shared_ptr<Attachment> attachment;  // none once closed; used in a call of the queue, or under `mapped`
@@ -70,39 +63,9 @@ struct Communicator::Impl {
     if (closed) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
   }
 
-  Algorithm choose(size_t bytes) const {
-    return bytes <= attachment->one_shot_max_bytes ? Algorithm::kOneShot : Algorithm::kTwoShot;
-  }
-
-  CallRecord record_of(const Call& call) {
-    const size_t element = size_of(call.dtype);
-    const InOut elements = elements_of(call, world());
-    CallRecord r{};
-    r.sequence = sequence;
-    r.count = call.count;
-    // Ranks that meet share a process: rank 0 finds their calls there.
-    r.in_offset = call.meeting ? reinterpret_cast<uint64_t>(&call) : heap->offset_of(call.in, elements.in * element);
-    r.out_offset = call.meeting ? kNotMapped : heap->offset_of(call.out, elements.out * element);
-    r.root = call.root;
-    r.collective = call.collective;
-    r.dtype = call.dtype;
-    r.op = call.op;
-    r.shape = call.shape;
-    r.algorithm = Algorithm::kDirect;
-    if (call.collective == Collective::kAllReduce) r.algorithm = call.algorithm.value_or(choose(call.count * element));
-    return r;
-  }
-
   void check(const Call& call) const {
     check_open();
-    if (!call.algorithm || call.meeting) return;
-    dispatch_call(call.collective, *call.algorithm, [&](auto tag) {
-      if constexpr (requires { typename decltype(tag)::type::OnlyOnGpus; }) {
-        throw Error(ErrorKind::kUnsupported, std::string("pycoll: ") + name(*call.algorithm) +
-                                                 " is for ranks whose GPUs reach one another, or that share one in a "
-                                                 "process: use auto, one_shot, two_shot, ring or tree");
-      }
-    });
+    check_algorithm(call);
   }
 
   void take(const Turn& turn, bool in_caller) {
@@ -113,7 +76,7 @@ struct Communicator::Impl {
 
   void execute(const Call& call, bool in_caller) {
     watch.throw_if_failed();
-    const CallRecord mine = record_of(call);
+    const CallRecord mine = record_of(call, sequence, world(), *heap, attachment->one_shot_max_bytes);
     ++sequence;
     std::exception_ptr failure = guarded([&] { collective(call, mine, in_caller); });
     const std::exception_ptr other = lanes.join([&] {
@@ -125,17 +88,8 @@ struct Communicator::Impl {
       const std::lock_guard not_in_use(meeting_lock());
     }
     // A rank that failed may have used its tensors again while this one still read them (F5).
-    if (!failure && reaches_into_tensors(mine)) failure = guarded([&] { watch.throw_if_any_rank_failed(); });
+    if (!failure && reaches_into_tensors(mine, records)) failure = guarded([&] { watch.throw_if_any_rank_failed(); });
     if (failure) std::rethrow_exception(failure);
-  }
-
-  bool reaches_into_tensors(const CallRecord& mine) const {
-    if (mine.collective == Collective::kBarrier || mine.algorithm == Algorithm::kOneShot ||
-        mine.algorithm == Algorithm::kRing || mine.algorithm == Algorithm::kTree) {
-      return false;
-    }
-    return std::any_of(records.begin(), records.end(),
-                       [](const CallRecord& r) { return r.in_offset != kNotMapped || r.out_offset != kNotMapped; });
   }
 
   // Whatever goes wrong is told to the peers, and to this rank's other lanes, at once; it ends the communicator.

@@ -5,41 +5,15 @@
 #include <exception>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "core/record.h"
 #include "cpu/attach.h"
-#include "cpu/elsewhere.h"
+#include "cpu/call.h"
 #include "cpu/error.h"
 #include "cpu/mail.h"
 
 namespace pycoll::cpu {
-
-// One collective as this rank calls it. Memory is dense; `count` is as in core/record.h, elements_of. What only the root
-// uses is null elsewhere. In place where in == out; they must not overlap otherwise (where one holds blocks the other may
-// also be this rank's block of it). An all-to-all is never in place.
-struct Call {
-  Collective collective;
-  DType dtype = DType::kUInt8;
-  ReduceOp op = ReduceOp::kSum;
-  std::optional<Algorithm> algorithm{};  // all-reduce only; none: chosen by size ("auto")
-  int root = 0;
-  const void* in = nullptr;
-  void* out = nullptr;
-  size_t count = 0;
-  uint64_t shape = 0;  // ranks must give the same; see CallRecord
-  // All-to-all, instead of `count`: elements to and from each rank [world]. They outlive the call.
-  const uint64_t* send_counts = nullptr;
-  const uint64_t* recv_counts = nullptr;
-  std::chrono::milliseconds timeout{0};  // the longest it waits for other ranks; 0: the communicator's
-  // Memory that the CPU does not move (cpu/elsewhere.h): at most one of the two. They outlive the call.
-  Mover* mover = nullptr;
-  Meeting* meeting = nullptr;
-};
-
-InOut elements_of(const Call& call, int world);  // of its input and output
 
 class Communicator {
   struct Impl;

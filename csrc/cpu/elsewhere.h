@@ -11,7 +11,7 @@
 
 namespace pycoll::cpu {
 
-struct Call;  // cpu/communicator.h
+struct Call;  // cpu/call.h
 
 // The host-stepped executor: each verb is work for the rank's own GPU, which nothing there waits for. Slots and links
 // are those of the CPU, in memory that all GPUs reach.

@@ -11,7 +11,8 @@ namespace pycoll::cpu {
 
 namespace {
 constexpr auto kBesideOthers = std::chrono::milliseconds(1);  // between steps of the postman while somebody waits
-}
+constexpr int kLingering = 50;                                // of them, before it parks until it is called
+}  // namespace
 
 bool Request::ended() const { return letter_->office->ended(*letter_); }
 void Request::wait(std::optional<std::chrono::milliseconds> timeout) const { letter_->office->wait(*letter_, timeout); }
@@ -30,7 +31,7 @@ void PostOffice::deliver() {
   const Queue::Inside inside(turns_);
   std::unique_lock held(mutex_);
   for (;;) {
-    parked_.wait(held, [&] { return stopping_ || books_.asynchronous > 0 || !books_.finished.empty(); });
+    park(held);
     call_done(held);
     if (stopping_) return;
     if (books_.asynchronous == 0) continue;
@@ -47,6 +48,17 @@ void PostOffice::deliver() {
     });
     held.lock();
   }
+}
+
+// Until there is something to do. Who starts something asynchronous mostly waits for it at once, and again and again: so
+// the postman looks around by itself for a while, a millisecond late at worst, and need not be called each time.
+void PostOffice::park(std::unique_lock<std::mutex>& held) {
+  const auto called = [&] { return stopping_ || !books_.finished.empty(); };
+  const auto due = [&] { return called() || books_.asynchronous > 0; };
+  lingers_ = true;
+  for (int i = 0; i < kLingering && !due(); ++i) parked_.wait_for(held, kBesideOthers, called);
+  lingers_ = false;
+  parked_.wait(held, due);
 }
 
 void PostOffice::call_done(std::unique_lock<std::mutex>& held) {
@@ -67,24 +79,28 @@ void PostOffice::call_done(std::unique_lock<std::mutex>& held) {
 
 // The news first, the lanes after it: what a rank did before it died, failed or left still counts (M9).
 void PostOffice::look_for_losses() {
-  if (verdict_ || books_.open == 0) return;
+  const size_t open = books_.open;
+  if (verdict_ || open == 0) return;
   std::vector<std::pair<int, Watch::Fate>> gone;
   int failed = -1;
   for (int r = 0; r < world_; ++r) {
     if (r == rank_) continue;
-    if (watch_.failed(r)) failed = r;
     const Watch::Fate fate = lanes_[r] ? watch_.fate(r) : Watch::Fate::kHere;
     if (fate != Watch::Fate::kHere) gone.emplace_back(r, fate);
+    if (watch_.failed(r)) failed = r;  // who has failed and left then is to be blamed for that
+  }
+  if (failed >= 0 && exhaust(failed) && books_.open > 0 && !verdict_) {
+    try {
+      watch_.throw_failure_of(failed);
+    } catch (...) {
+      fail(std::current_exception());
+    }
   }
   for (const auto& [peer, fate] : gone) {
-    if (exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
+    if (failed < 0 && !verdict_ && exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
   }
-  if (failed < 0 || verdict_ || !exhaust(failed) || books_.open == 0) return;
-  try {
-    watch_.throw_failure_of(failed);
-  } catch (...) {
-    fail(std::current_exception());
-  }
+  if ((verdict_ || books_.open != open) && load_seq_cst(bell_.sleepers) != 0)
+    ring(bell_);  // it concerns this rank's own
 }
 
 // Takes what a rank has left here, which is not much. False: a GPU still moves some of it, ask again.

@@ -106,6 +106,7 @@ Request PostOffice::start(const Message& message, bool outgoing, Mail::Done done
     if (closing_) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
     watch_.throw_if_failed();
     if (outgoing && load_acquire(a_.control(message.peer).departed) != 0) {
+      watch_.throw_failure_of(message.peer);
       throw watch_.fail(watch_.lost(message.peer, Watch::Fate::kLeft));
     }
     begin(letter);
@@ -151,7 +152,7 @@ void PostOffice::call_the_postman() {
       const SignalsBlocked no_signals;
       postman_ = std::thread(&PostOffice::deliver, this);
     }
-    parked_.notify_one();
+    if (!lingers_) parked_.notify_one();
   } catch (const std::exception& e) {
     fail(as_failure(Error(ErrorKind::kError, std::string("pycoll: no thread for messages: ") + e.what(), rank_)));
   }
@@ -232,24 +233,29 @@ bool PostOffice::ended(Letter& letter) {
   return letter.ended;
 }
 
+void PostOffice::await(Letter& letter, std::optional<std::chrono::milliseconds> timeout, Visit& visit,
+                       std::exception_ptr& interrupted) {
+  const auto longest = watch_.timeout();
+  const bool shorter = timeout && *timeout < longest;
+  const auto deadline = Clock::now() + (shorter ? *timeout : longest);
+  const auto look = [&] {
+    visit.tell(letter.message.peer);
+    {
+      const Lock lock(*this);
+      look_for_losses();
+    }
+    let_interrupts_in(letter, interrupted);
+    if (Clock::now() >= deadline) overdue(letter, shorter ? timeout : std::nullopt);
+  };
+  drive([&] { return letter.ended.load(); }, look, deadline);
+}
+
 void PostOffice::wait(Letter& letter, std::optional<std::chrono::milliseconds> timeout) {
   std::exception_ptr interrupted;
   if (!letter.ended) {
     check_fork();
     Visit visit(*this);
-    const auto limit = watch_.timeout();
-    const bool terminal = !timeout || *timeout >= limit;
-    const auto deadline = Clock::now() + (terminal ? limit : *timeout);
-    const auto look = [&] {
-      visit.tell(letter.message.peer);
-      {
-        const Lock lock(*this);
-        look_for_losses();
-      }
-      let_interrupts_in(letter, interrupted);
-      if (Clock::now() >= deadline) overdue(letter, terminal ? std::nullopt : timeout);
-    };
-    if (!gone_) drive([&] { return letter.ended.load(); }, look, deadline);
+    if (!gone_) await(letter, timeout, visit, interrupted);
   }
   if (letter.asynchronous && generation_ == fork_generation()) {
     Mail::Done done;

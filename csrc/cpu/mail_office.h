@@ -74,11 +74,14 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
   Turn turn(const Over& over);
   template <class Over>
   Turn sleep(const Over& over, std::chrono::microseconds nap);
+  void await(Letter& letter, std::optional<std::chrono::milliseconds> timeout, Visit& visit,
+             std::exception_ptr& interrupted);
   void let_interrupts_in(const Letter& letter, std::exception_ptr& interrupted);
   void overdue(const Letter& letter, std::optional<std::chrono::milliseconds> given);
 
   void leave(const std::function<void()>& interrupt);
   void deliver();  // the postman
+  void park(std::unique_lock<std::mutex>& held);
   void call_done(std::unique_lock<std::mutex>& held);
 
   const Attachment& a_;
@@ -101,6 +104,7 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
   bool stopping_ = false;  // all has ended: the postman is to go
   std::thread postman_;
   std::condition_variable parked_;  // the postman, while nothing asynchronous is under way
+  bool lingers_ = false;            // it looks around by itself
 
   std::atomic<int> waiters_{0};    // threads in wait()
   std::atomic<bool> gone_{false};  // closed: nothing that is shared may be touched any more

@@ -68,7 +68,8 @@ void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline,
 void Watch::look_at(const Awaited& awaited) const {
   // The news first, the cell after it: what a rank did before it died or left still counts.
   const Fate news = fate(awaited.peer);
-  if (news != Fate::kHere && !awaited.here()) throw lost(awaited.peer, news);
+  if (news == Fate::kHere || awaited.here()) return;
+  throw lost(awaited.peer, news);
 }
 
 Watch::Fate Watch::fate(int rank) const {

@@ -1,5 +1,5 @@
-// The machine's ceiling for `pycoll bench all-reduce`: the reads and writes of a two-shot all-reduce (sum) with no
-// synchronization at all. The results mean nothing; the accesses are those of csrc/algorithms/two_shot.h.
+// The machine's ceilings for `pycoll bench`: the reads and writes of a two-shot all-reduce (sum), and of a copy from rank
+// to rank, with no synchronization at all. The results mean nothing; the accesses are those of csrc/algorithms/two_shot.h.
 #include <torch/extension.h>
 
 #include "core/partition.h"
@@ -71,11 +71,29 @@ void staged(const at::Tensor& x, const std::vector<at::Tensor>& slots, int rank)
   }
 }
 
+// A large copy from one rank to another through a small buffer, as if both always found it ready.
+void pipelined(const at::Tensor& x, const at::Tensor& pipe, bool sends) {
+  auto* data = static_cast<std::byte*>(x.data_ptr());
+  auto* buffer = static_cast<std::byte*>(pipe.data_ptr());
+  const size_t chunk = pipe.nbytes() / 4;
+  for (size_t at = 0, turn = 0; at < x.nbytes(); at += chunk, ++turn) {
+    std::byte* through = buffer + turn % 4 * chunk;
+    const size_t bytes = smaller(chunk, x.nbytes() - at);
+    if (sends) {
+      cpu::kernels().copy(through, data + at, bytes);
+    } else {
+      cpu::kernels().copy(data + at, through, bytes);
+    }
+  }
+}
+
 }  // namespace
 
 void bind_ceiling(py::module_& m) {
   m.def("ceiling_symmetric", &symmetric, py::arg("tensors"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
   m.def("ceiling_staged", &staged, py::arg("x"), py::arg("slots"), py::arg("rank"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("ceiling_pipelined", &pipelined, py::arg("x"), py::arg("pipe"), py::arg("sends"),
         py::call_guard<py::gil_scoped_release>());
 }
 

@@ -1,6 +1,8 @@
 #include "torch/mail.h"
 
+#include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "torch/errors.h"
 
@@ -17,6 +19,14 @@ Dense checked(const at::Tensor& t, Mailing::Direction direction) {
     check_writable(t, name(direction));
   }
   return Dense(t);
+}
+
+// The memory is in use there, whatever stream it was made on.
+void record_use(const at::Tensor& t, c10::Stream stream) {
+  try {
+    c10::impl::VirtualGuardImpl(stream.device_type()).recordDataPtrOnStream(t.storage().data_ptr(), stream);
+  } catch (const c10::Error&) {  // some allocators take it ill that the memory is not theirs
+  }
 }
 
 template <class F>
@@ -42,6 +52,9 @@ Mailing::Mailing(int rank, const char* title, Direction direction, const at::Ten
       direction_(direction),
       dense_(checked(tensor, direction)),
       courier_(tensor.device().is_cpu() ? nullptr : make_courier(tensor.device())) {
+  if (courier_) {
+    for (const at::Tensor& t : {dense_.tensor(), dense_.memory()}) record_use(t, courier_->stream());
+  }
   if (direction == Direction::kSend) on_stream(courier_, [&] { dense_.load(); });
 }
 
@@ -78,6 +91,18 @@ void Mailing::start_and_wait(cpu::Mail& mail, int peer, int tag) {
   request_.wait();
   arrive();
   complete(nullptr);
+  let_current_wait();
+}
+
+std::optional<c10::Stream> Mailing::stream() const {
+  return courier_ ? std::make_optional(courier_->stream()) : std::nullopt;
+}
+
+void Mailing::let_current_wait() const {
+  if (!courier_) return;
+  c10::Event there(courier_->stream().device_type());
+  there.record(courier_->stream());
+  there.block(c10::impl::VirtualGuardImpl(courier_->stream().device_type()).getStream(courier_->stream().device()));
 }
 
 bool Mailing::isCompleted() {
@@ -91,7 +116,9 @@ bool Mailing::wait(std::chrono::milliseconds timeout) {
   } catch (const Error& e) {
     throw PyError(e);
   }
-  return Work::wait(kNoTimeout);  // the thread that ends it may not be done with that
+  (void)Work::wait(kNoTimeout);  // the thread that ends it may not be done with that
+  let_current_wait();
+  return true;
 }
 
 }  // namespace pycoll::bindings

@@ -37,9 +37,13 @@ class Mailing : public Work {
   bool wait(std::chrono::milliseconds timeout) override;
   int sourceRank() const override { return request_.source(); }
 
+ protected:
+  std::optional<c10::Stream> stream() const override;
+
  private:
   cpu::Message message(int peer, int tag) const;
-  void arrive() const;  // what was received goes where the tensor is
+  void arrive() const;            // what was received goes where the tensor is
+  void let_current_wait() const;  // for the GPU
 
   const Direction direction_;
   const Dense dense_;

@@ -44,6 +44,10 @@ bool Work::wait(std::chrono::milliseconds timeout) {
   return true;
 }
 
+std::optional<c10::Stream> Work::stream() const {
+  return on_device_ ? std::make_optional(on_device_->stream()) : std::nullopt;
+}
+
 bool Work::isCompleted() {
   {
     const std::lock_guard guard(mutex_);
@@ -57,7 +61,7 @@ c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
     const std::lock_guard guard(mutex_);
     if (future_) return future_;
     std::vector<at::Device> devices;
-    if (on_device_) devices.push_back(on_device_->stream().device());
+    if (const auto where = stream()) devices.push_back(where->device());
     future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()), devices);
   }
   mark_future();
@@ -71,7 +75,7 @@ void Work::mark_future() {
     marked_ = true;
   }
   std::optional<c10::StreamGuard> on;  // the future is ready when the call's stream gets here
-  if (on_device_) on.emplace(on_device_->stream());
+  if (const auto where = stream()) on.emplace(*where);
   if (exception_) {
     future_->setError(exception_);
   } else {

@@ -31,6 +31,10 @@ class Work : public c10d::Work {
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;  // made when asked for: most are not
   void abort() override;
 
+ protected:
+  // Where the result is ready, on a GPU.
+  virtual std::optional<c10::Stream> stream() const;
+
  private:
   void mark_future();  // if there is one, and the work has ended; once
 

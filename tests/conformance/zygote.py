@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -66,7 +68,9 @@ class Order:
 
 
 def load(order: Order) -> type[unittest.TestCase]:
-    """The class of torch's tests, told about the backend."""
+    """The class of torch's tests, told about the backend. SystemExit if torch does not know it."""
+    if order.module and importlib.util.find_spec(order.module) is None:
+        sys.exit(f"there is no module {order.module!r} to make {order.backend!r} known to torch")
     os.environ.update(
         BACKEND=order.imported_as,
         WORLD_SIZE=str(order.world_size),
@@ -77,32 +81,25 @@ def load(order: Order) -> type[unittest.TestCase]:
         PYTORCH_PRINT_REPRO_ON_FAILURE="0",
     )
     import torch
+    import torch.distributed as dist
+
+    if order.module:
+        importlib.import_module(order.module)
+    if order.backend not in dist.Backend.backend_list:
+        known = ", ".join(dist.Backend.backend_list)
+        sys.exit(f"torch knows no backend {order.backend!r}, but {known}: name its module with --module")
     from torch.testing._internal import common_distributed
     from torch.testing._internal.distributed import distributed_test as suite
 
     torch.set_num_threads(1)  # ranks share the cores; and fork copies no threads
     common_distributed.TIMEOUT_OVERRIDE.clear()  # some tests may take minutes there
-    _register(order, torch.distributed.Backend.backend_list)
     presented.present(suite, order.backend, order.imported_as)
     return _test_class(suite)
 
 
-def _register(order: Order, known: list[str]) -> None:
-    """Imports what makes the backend known to torch. SystemExit if that does not."""
-    if order.module:
-        try:
-            importlib.import_module(order.module)
-        except ModuleNotFoundError as error:
-            if error.name != order.module:
-                raise
-            sys.exit(f"there is no module {order.module!r} to make {order.backend!r} known to torch")
-    if order.backend not in known:
-        sys.exit(f"torch knows no backend {order.backend!r}, but {', '.join(known)}: name its module with --module")
-
-
 def _test_class(suite: Any) -> type[unittest.TestCase]:
     """As in torch's test_distributed_spawn.py, but that the ranks are forked, not spawned."""
-    fork = importlib.import_module("multiprocessing").get_context("fork").Process
+    fork = multiprocessing.get_context("fork").Process
 
     class TestDistBackendWithSpawn(suite.TestDistBackend, suite.DistributedTest._DistTestBase):  # type: ignore[misc]
         def setUp(self) -> None:
@@ -270,7 +267,7 @@ class Zygote:
         details = "\n".join([result.details, *text.splitlines()[-40:]])
         reason = result.reason
         if ended := ENDED.search(reason):  # outside of what torch catches: the rank has printed why
-            reason = f"rank 0 ended with exit code {ended[1]}: {summary(text or 'it printed nothing')}"
+            reason = f"rank 0 ended with exit code {ended[1]}: {summary(text.strip() or 'it printed nothing')}"
         return replace(result, reason=reason, details=details[-8000:])
 
 
@@ -284,8 +281,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # else the first collection in each process copies all of torch's pages
     names = [name for name in unittest.TestLoader().getTestCaseNames(test_class) if re.search(order.select, name)]
-    torch_version = importlib.import_module("torch").__version__
-    print(json.dumps({"torch": torch_version, "tests": len(names)}), file=answers)
+    print(json.dumps({"torch": sys.modules["torch"].__version__, "tests": len(names)}), file=answers)
     with tempfile.TemporaryDirectory(prefix="conformance-", ignore_cleanup_errors=True) as folder:
         for result in Zygote(order, test_class, Path(folder), answers).run(names):
             print(json.dumps(asdict(result)), file=answers)

@@ -19,6 +19,7 @@ inline pycoll::cpu::Config small_config(int channels = 1) {
   c.slot_bytes = 2048;
   c.link_bytes = 512;
   c.link_slots = 3;
+  c.mail_bytes = 512;
   c.heap_bytes = size_t{32} << 20;
   c.channel_min_bytes = 1000;
   return c;

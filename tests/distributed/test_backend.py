@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from groups import run
 from leaks import held_segments, native_threads
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -32,21 +32,6 @@ OPS = {
     "max": dist.ReduceOp.MAX,
     "product": dist.ReduceOp.PRODUCT,
 }
-
-
-def _in_group(rank: Rank, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    rank.init_process_group()
-    assert dist.get_backend() == "pycoll"
-    result = fn(rank, *args)
-    dist.destroy_process_group()
-    assert held_segments() == []
-    return result
-
-
-def run(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Calls `fn(rank, *args)` as every rank of a pycoll group. Returns the results."""
-    with Processes(_in_group, world_size, fn, args) as ranks:
-        return ranks.results()
 
 
 def _all_reduce(rank: Rank) -> None:

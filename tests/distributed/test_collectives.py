@@ -8,11 +8,11 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from leaks import held_segments
+from groups import run
 from torch import Tensor
 
 import pycoll
-from pycoll.testing import Processes, Rank
+from pycoll.testing import Rank
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -25,20 +25,6 @@ OPS = {
 }
 MOVED = (torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64)
 COUNTS = (0, 1, 501, 70_001)
-
-
-def _in_group(rank: Rank, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    rank.init_process_group()
-    result = fn(rank, *args)
-    dist.destroy_process_group()
-    assert held_segments() == []
-    return result
-
-
-def run(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Calls `fn(rank, *args)` as every rank of a pycoll group. Returns the results."""
-    with Processes(_in_group, world_size, fn, args) as ranks:
-        return ranks.results(110)
 
 
 def done(work: Any) -> None:
@@ -303,7 +289,7 @@ def _cases(rank: Rank) -> None:
 
 @pytest.mark.parametrize("world_size", (1, 2, 3, 4))
 def test_every_collective(world_size: int) -> None:
-    run(_cases, world_size)
+    run(_cases, world_size, timeout=110)
 
 
 def _differing(rank: Rank) -> None:

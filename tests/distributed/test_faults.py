@@ -813,6 +813,10 @@ def _cycles(rank: Rank, kind: str, count: int) -> dict[str, tuple[int, int]]:
             with rank.communicator(name=f"cycle {i}") as comm:
                 comm.all_reduce(comm.empty(100).zero_())
                 comm.all_reduce(torch.ones(100))
+                comm.send(torch.ones(9), 1) if rank.rank == 0 else comm.recv(torch.ones(9), 0)
+                message = comm.irecv(torch.ones(9), 1 - rank.rank)
+                comm.isend(torch.ones(9), 1 - rank.rank).wait()
+                message.wait()
         else:
             rank.init_process_group(f"group {i}")
             dist.all_reduce(torch.ones(100), async_op=True).wait()
@@ -832,10 +836,14 @@ def _cycles(rank: Rank, kind: str, count: int) -> dict[str, tuple[int, int]]:
     return {key: (before[key], after[key]) for key in before}
 
 
-@pytest.mark.parametrize(("kind", "count"), (("communicator", 200), ("group", 40)))
+CYCLES = int(os.environ.get("PYCOLL_TEST_CYCLES", "0"))  # for a long run by hand: 10000
+
+
+@pytest.mark.timeout(max(90, CYCLES // 10))
+@pytest.mark.parametrize(("kind", "count"), (("communicator", CYCLES or 200), ("group", CYCLES or 40)))
 def test_cycles_of_create_and_destroy_do_not_grow(kind: str, count: int) -> None:
     with Processes(_cycles, 2, kind, count) as ranks:
-        for growth in ranks.results(50):
+        for growth in ranks.results(max(50, count // 10)):
             for what, (before, after) in growth.items():
                 assert after <= before, (what, before, after)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from leaks import held_segments, native_threads
+from groups import run
+from leaks import native_threads
 
 import pycoll
 from pycoll import Communicator
@@ -18,20 +19,6 @@ from pycoll.testing import Processes, Rank, run_threads
 
 pytestmark = pytest.mark.timeout(90)
 LARGE = 5_000_011  # elements: far more than fit anywhere on the way
-
-
-def _in_group(rank: Rank, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    rank.init_process_group()
-    result = fn(rank, *args)
-    dist.destroy_process_group()
-    assert held_segments() == []
-    return result
-
-
-def run(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Calls `fn(rank, *args)` as every rank of a pycoll group. Returns the results."""
-    with Processes(_in_group, world_size, fn, args) as ranks:
-        return ranks.results()
 
 
 def message(source: int, count: int, tag: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

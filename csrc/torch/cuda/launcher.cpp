@@ -75,7 +75,7 @@ struct Launcher::HostReport {
   HostReport() {
     check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&report), sizeof(Report), cudaHostAllocMapped),
                "allocating a report");
-    *report = {.outcome = cuda_device::kRunning, .rank = -1};
+    *report = {};
   }
   ~HostReport() { (void)cudaFreeHost(report); }
   HostReport(const HostReport&) = delete;

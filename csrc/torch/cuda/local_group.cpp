@@ -76,7 +76,7 @@ class PyLocalGroup {
   void all_reduce(const Tensors& tensors, const std::string& op, const std::string& algorithm) {
     check(tensors, "all_reduce");
     cpu::Call call{.collective = Collective::kAllReduce, .dtype = reducible(tensors[0], "all_reduce")};
-    call.op = parse_op(op);
+    call.op = op_for(tensors[0], parse_op(op), "all_reduce");
     call.algorithm = parse_algorithm(algorithm);
     call.count = static_cast<size_t>(tensors[0].numel());
     run(call, tensors, tensors);
@@ -105,7 +105,7 @@ class PyLocalGroup {
     check(out, "reduce_scatter");
     check_blocks(out[0], tensors[0], "reduce_scatter");
     cpu::Call call{.collective = Collective::kReduceScatter, .dtype = reducible(tensors[0], "reduce_scatter")};
-    call.op = parse_op(op);
+    call.op = op_for(tensors[0], parse_op(op), "reduce_scatter");
     call.count = static_cast<size_t>(tensors[0].numel());
     run(call, tensors, out);
   }
