@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -194,18 +195,49 @@ def test_split_groups(ranks: Ranks) -> None:
     ranks.compare(_split)
 
 
-def _merged(rank: Rank) -> list[Any]:
-    """Groups of one become one again."""
+def _split_by_torch(rank: Rank) -> None:
+    """torch.distributed.split_group, for which torch wants an accelerator, and options that can be copied: not Gloo's."""
+    world, group = rank.world_size, dist.group.WORLD
+    assert group is not None
+    half = max(1, world // 2)
+    halves = [list(range(half)), list(range(half, world))] if world > 1 else [[0]]
+    compared = dist.new_subgroups_by_enumeration(halves)[0]
+    with (
+        mock.patch.object(torch.accelerator, "is_available", return_value=True),
+        mock.patch.object(torch.accelerator, "current_accelerator", return_value=torch.device("cpu")),
+    ):
+        group.bound_device_id = torch.device("cpu", 0)
+        ours = used(dist.split_group(split_ranks=halves), rank)
+        first = dist.split_group(split_ranks=[[0]], timeout=timedelta(seconds=20), group_desc="the first")
+        assert (first is None) == (rank.rank != 0)
+        alone = dist.new_group([0])  # which the others are told of: torch calls them, too
+        mesh = init_device_mesh("cpu", (len(halves), half), mesh_dim_names=("rows", "columns"))
+    for a, b in zip(ours, used(compared, rank), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else str(a) == str(b)
+    for part in (first, alone):
+        assert len(used(part, rank)) == (5 if rank.rank == 0 else 0)
+    x = torch.full((3,), rank.rank + 1.0)
+    dist.all_reduce(x, group=mesh["columns"].get_group())
+    assert x[0].item() == sum(r + 1 for r in halves[rank.rank // half])
+
+
+def test_split_group_of_torch(ranks: Ranks) -> None:
+    ranks.run(_split_by_torch)
+
+
+def _merged(rank: Rank) -> None:
+    """Groups of one become one again. Gloo has it, too, but over a file store it does not end."""
     alone = dist.new_subgroups(1)[0]
-    store = dist.PrefixStore(f"merge {dist.get_backend()}", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore("merge", dist.distributed_c10d._get_default_store())
     group = alone.merge_remote_group(store, rank.world_size, timedelta(seconds=20), "merged", "described")
-    x = values(rank.rank, 50)
+    x = torch.full((50,), rank.rank + 1.0)
     group.allreduce([x]).wait()
-    return [x, group.size(), group.group_name, group.group_desc]
+    assert x[0].item() == sum(range(rank.world_size + 1))
+    assert (group.size(), group.group_name, group.group_desc) == (rank.world_size, "merged", "described")
 
 
 def test_merged_groups(ranks: Ranks) -> None:
-    ranks.compare(_merged)
+    ranks.run(_merged)
 
 
 def _options(rank: Rank) -> dict[str, Any]:
@@ -213,7 +245,7 @@ def _options(rank: Rank) -> dict[str, Any]:
     assert group is not None
     backend = group._get_backend(torch.device("cpu"))
     half_minute = backend.options._timeout
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=7))
+    group.set_timeout(timedelta(seconds=7))  # dist._set_pg_timeout knows Gloo and NCCL alone, by their classes
     return {
         "splits": backend.supports_splitting,
         "timeout": [half_minute.total_seconds(), backend.options._timeout.total_seconds()],
@@ -264,7 +296,8 @@ def _with_autograd(rank: Rank) -> dict[str, Any]:
         x.grad = None
         y = call()
         (y.square().sum() * (me + 1)).backward()
-        results[name] = [y, x.grad]
+        of_root_alone = name == "reduce" and me != last
+        results[name] = [None if of_root_alone else y, x.grad]
     return results
 
 
