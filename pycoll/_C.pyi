@@ -75,7 +75,11 @@ class LocalGroup:
     def reduce_scatter(self, tensors: Sequence[Tensor], out: Sequence[Tensor], op: str) -> None: ...
     def abort(self) -> None: ...
 
+class BackendOptions: ...
+
 class Backend(dist.ProcessGroup):
+    options: BackendOptions
+
     def __init__(
         self,
         store: dist.Store,
@@ -85,5 +89,7 @@ class Backend(dist.ProcessGroup):
         config: Config,
         cuda_config: Config,
         timeout: float,
+        global_ranks: Sequence[int],
     ) -> None: ...
     def trace(self) -> bytes: ...
+    def perform_nocolor_split(self, device: torch.device) -> None: ...

@@ -3,6 +3,9 @@
 `torch.distributed.init_process_group("pycoll")` after `import pycoll`, or `pycoll.Communicator` directly.
 """
 
+import importlib
+from types import ModuleType
+
 from pycoll import _build
 
 _build.check()
@@ -24,6 +27,14 @@ from pycoll.tuning import Config  # noqa: E402
 from pycoll.version import __version__  # noqa: E402
 
 pycoll_autoload.register()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`pycoll.ops` when it is named: few need it, and torch takes its time to register operators."""
+    if name != "ops":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("pycoll.ops")
+
 
 __all__ = [
     "Communicator",

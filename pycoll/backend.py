@@ -9,16 +9,19 @@ from pycoll.tuning import CUDA, Config, native_config
 atexit.register(_C.close_backends)
 
 
+def configs(world_size: int) -> tuple[_C.Config, _C.Config]:
+    """Of a group of so many ranks: on the CPU, and on GPUs. Splits are made with them too."""
+    return native_config(Config(heap_bytes=0), world_size), native_config(CUDA, world_size)
+
+
 def create(options: Any, _backend_options: Any) -> Any:
     """The backend of one group, as this rank: c10d's `DistributedBackendOptions` in, a `c10d::Backend` out."""
-    config = native_config(Config(heap_bytes=0), options.group_size)
-    on_gpus = native_config(CUDA, options.group_size)
     return _C.Backend(
         options.store,
         options.group_rank,
         options.group_size,
         f"group {options.group_id}",
-        config,
-        on_gpus,
+        *configs(options.group_size),
         options.timeout.total_seconds(),
+        options.global_ranks_in_group,
     )

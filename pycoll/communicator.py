@@ -6,6 +6,7 @@ import atexit
 import itertools
 import math
 import operator
+import threading
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -25,6 +26,7 @@ from pycoll.trace import parsed
 from pycoll.tuning import Config, native_config
 
 _alive: weakref.WeakSet[Communicator] = weakref.WeakSet()
+_alive_lock = threading.Lock()
 _names = itertools.count()  # communicators are created in the same order on all ranks
 
 
@@ -71,17 +73,20 @@ class Communicator(Collectives):
             timeout: the longest a collective, or this call, waits for other ranks; in seconds.
             config: memory and switch points; the ranks' minimum is used.
             cuda_config: the same for tensors on GPUs.
-            name: tells communicators on one store apart; by default they are counted, in order of creation.
+            name: tells communicators on one store apart, and to `torch.ops.pycoll` it is this one; by default they are
+                counted, in order of creation.
         """
         self.timeout = seconds(timeout)
         if world_size < 1 or not 0 <= rank < world_size:
             raise UsageError(f"pycoll: rank {rank} is not in a world of {world_size}")
         native = native_config(config or Config(), world_size)
         on_gpus = native_config(cuda_config, world_size)
-        self._impl = _C.Communicator(store, rank, world_size, name or str(next(_names)), native, on_gpus, self.timeout)
+        self.name = name or str(next(_names))
+        self._impl = _C.Communicator(store, rank, world_size, self.name, native, on_gpus, self.timeout)
         self.rank = rank
         self.world_size = world_size
-        _alive.add(self)
+        with _alive_lock:
+            _alive.add(self)
 
     @classmethod
     def from_env(
@@ -181,6 +186,20 @@ class Communicator(Collectives):
             + (f"; {device}" if (device := self._impl.device) else "")
         )
         return f"<pycoll.Communicator rank {self.rank} of {self.world_size}: {state}>"
+
+
+def named(name: str) -> Communicator:
+    """The communicator of this process with this name, which is open if any is.
+
+    Raises:
+        UsageError: there is none, or several are open: ranks that are threads of one process need names of their own.
+    """
+    with _alive_lock:
+        found = [communicator for communicator in _alive if communicator.name == name]
+    usable = [communicator for communicator in found if not communicator.closed] or found[:1]
+    if len(usable) != 1:
+        raise UsageError(f"pycoll: {len(usable) or 'no'} communicators of this process are called {name!r}")
+    return usable[0]
 
 
 @atexit.register

@@ -192,7 +192,7 @@ struct Communicator::Impl {
   }
 
   void close() {
-    if (Queue::inside(&queue)) {  // a handler or a callback: end the call; who owns the communicator closes it later
+    if (Queue::serves(&queue)) {  // a handler or a callback: end the call; who owns the communicator closes it later
       return give_up("pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective");
     }
     const std::lock_guard guard(closing);
@@ -253,7 +253,7 @@ Communicator::~Communicator() {
   }
   try {
     impl_->close();
-    if (Queue::inside(&impl_->queue)) {  // destroyed by a callback: whoever ends the call cannot be waited for here
+    if (Queue::serves(&impl_->queue)) {  // destroyed by a callback: whoever ends the call cannot be waited for here
       const SignalsBlocked no_signals;
       std::thread([impl = impl_.get()] {
         impl->close();
@@ -298,6 +298,7 @@ void Communicator::enqueue(Turn turn, std::function<void(std::exception_ptr)> do
   impl->queue.enqueue([impl, turn = std::move(turn)](bool in_caller) { impl->take(turn, in_caller); }, std::move(done));
 }
 
+void Communicator::hand_on() { Queue::hand_on(); }
 bool Communicator::inside(const void* turns) { return Queue::inside(turns); }
 const void* Communicator::turns() const { return &impl_->queue; }
 Mail& Communicator::mail() { return impl_->mail; }

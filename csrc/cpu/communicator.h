@@ -44,6 +44,8 @@ class Communicator {
   void run(const Call& call);  // checked
   // Returns at once. A thread of the communicator's runs the turn when it comes, and then calls `done`.
   void enqueue(Turn turn, std::function<void(std::exception_ptr)> done);
+  // By a `done` before it runs what may take long, or may call collectives and wait for them: others go on meanwhile.
+  static void hand_on();
 
   // Whether this thread is inside a turn of the communicator with these `turns()`: it may not wait for another one.
   static bool inside(const void* turns);

@@ -1,6 +1,8 @@
 #include "cpu/queue.h"
 
 #include <chrono>
+#include <optional>
+#include <utility>
 
 #include "cpu/error.h"
 #include "cpu/os.h"
@@ -9,7 +11,15 @@ namespace pycoll::cpu {
 
 namespace {
 thread_local const void* innermost = nullptr;  // a Queue::Inside
-}
+thread_local void* here = nullptr;             // the Queue::Worker that this thread is
+}  // namespace
+
+struct Queue::Worker {
+  explicit Worker(Queue& q) : queue(q) { here = this; }
+  Queue& queue;
+  std::optional<Inside> turn;  // while it is inside a call, or in a `done` that has not handed on
+  bool over = false, away = false;  // its call; in a `done` that has
+};
 
 Queue::Inside::Inside(const void* q) : queue(q), outer(static_cast<const Inside*>(innermost)) { innermost = this; }
 Queue::Inside::~Inside() { innermost = outer; }
@@ -19,6 +29,10 @@ bool Queue::inside(const void* queue) {
     if (i->queue == queue) return true;
   }
   return false;
+}
+
+bool Queue::serves(const void* queue) {
+  return inside(queue) || (here != nullptr && &static_cast<Worker*>(here)->queue == queue);
 }
 
 bool Queue::begin() {
@@ -66,17 +80,38 @@ void Queue::run_queued(std::function<void(bool)> call, const std::function<void(
 void Queue::enqueue(std::function<void(bool)> call, Done done) {
   const std::lock_guard guard(lock_);
   if (ending_) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
-  if (!working_) {  // first, since it may fail
-    const SignalsBlocked no_signals;
-    worker_ = std::thread(&Queue::work, this);
-    working_ = true;
-  }
+  need_worker();  // first, since it may fail
   jobs_.push_back({std::move(call), std::move(done)});
   changed_.notify_all();
 }
 
+void Queue::need_worker() {
+  if (running_ > away_) return;
+  const SignalsBlocked no_signals;
+  workers_.emplace_back(&Queue::work, this);
+  ++running_;
+}
+
+void Queue::hand_on() {
+  auto* me = static_cast<Worker*>(here);
+  if (me == nullptr || !me->over || me->away) return;
+  Queue& queue = me->queue;
+  const std::lock_guard guard(queue.lock_);
+  ++queue.away_;
+  try {
+    if (!queue.jobs_.empty()) queue.need_worker();
+  } catch (...) {  // no more threads: then all goes on after `done`
+    --queue.away_;
+    return;
+  }
+  me->away = true;
+  me->turn.reset();
+  queue.busy_ = false;
+  queue.changed_.notify_all();
+}
+
 void Queue::work() {
-  const Inside inside(this);
+  Worker me(*this);
   std::unique_lock guard(lock_);
   for (;;) {
     changed_.wait(guard, [&] { return !busy_ && (!jobs_.empty() || ending_); });
@@ -85,19 +120,28 @@ void Queue::work() {
     jobs_.pop_front();
     busy_ = true;
     guard.unlock();
+    me.turn.emplace(this);
     std::exception_ptr failure;
     try {
       job.call(false);
     } catch (...) {
       failure = std::current_exception();
     }
+    job.call = {};  // what the call kept alive goes before the next call starts
+    me.over = true;
     job.done(failure);
-    job = {};  // what the call kept alive goes before the next call starts
+    job = {};
+    me.turn.reset();
     guard.lock();
-    busy_ = false;
+    me.over = false;
+    if (!std::exchange(me.away, false)) {
+      busy_ = false;
+    } else {
+      --away_;
+    }
     changed_.notify_all();
   }
-  working_ = false;
+  --running_;
   changed_.notify_all();
 }
 
@@ -106,14 +150,15 @@ void Queue::stop(const std::function<void()>& interrupt) {
     std::unique_lock guard(lock_);
     ending_ = true;
     changed_.notify_all();
-    // The worker, or a call of another thread.
-    while (!changed_.wait_for(guard, std::chrono::milliseconds(20), [&] { return !busy_ && !working_; })) {
+    // The workers, or a call of another thread.
+    while (!changed_.wait_for(guard, std::chrono::milliseconds(20), [&] { return !busy_ && running_ == 0; })) {
       guard.unlock();
       interrupt();
       guard.lock();
     }
   }
-  if (worker_.joinable()) worker_.join();
+  for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 }  // namespace pycoll::cpu

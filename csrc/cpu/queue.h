@@ -1,7 +1,8 @@
 // Issue order: the calls of a communicator run one at a time, in the order in which they were made, whoever made them.
 //
-// A synchronous call runs in its caller's thread when nothing is queued or running. Everything else goes through one
-// worker thread, which is started with the first such call and ended by stop().
+// A synchronous call runs in its caller's thread when nothing is queued or running. Everything else goes through a worker
+// thread, which is started with the first such call and ended by stop(). While what comes after a call takes its time, or
+// waits for later ones itself, another worker goes on: see hand_on().
 #pragma once
 
 #include <condition_variable>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace pycoll::cpu {
 
@@ -36,15 +38,21 @@ class Queue {
     call(/*in_caller=*/true);
   }
 
-  // Queues `call`; `done` is called after it, in the worker thread.
+  // Queues `call`; `done` is called after it, in a worker thread.
   void enqueue(std::function<void(bool in_caller)> call, Done done);
+
+  // By `done`, whatever the queue, before it runs what it does not know: the call is over, and the next may begin. From
+  // here on this thread may make calls and wait for them, but not stop the queue. Does nothing elsewhere.
+  static void hand_on();
 
   // Runs what is queued, then ends the worker. `interrupt` is called about every 20 ms; it must not throw.
   void stop(const std::function<void()>& interrupt);
 
   // Whether this thread is inside a call of `queue` (compared, not looked into): a signal handler that runs in a wait,
-  // or a callback of `done`. It must neither run, nor stop, nor wait for a later call.
+  // or `done` before hand_on(). It must neither run, nor stop, nor wait for a later call.
   static bool inside(const void* queue);
+  // Whether it is inside one, or is one of the workers, which end with the queue.
+  static bool serves(const void* queue);
 
   struct Inside {  // while it lives, this thread is inside a call, or something as good as one; innermost first
     explicit Inside(const void* q);
@@ -62,15 +70,17 @@ class Queue {
   bool begin();  // whether the caller may run its call itself; if so it must call end()
   void end();
   void run_queued(std::function<void(bool)> call, const std::function<void()>& interrupt);
+  void need_worker();  // one that is not away; with the lock
   void work();
+  struct Worker;
 
   std::mutex lock_;
   std::condition_variable changed_;
   std::deque<Job> jobs_;
   bool busy_ = false;  // some thread runs a call
   bool ending_ = false;
-  bool working_ = false;  // the worker thread runs
-  std::thread worker_;
+  size_t running_ = 0, away_ = 0;     // workers: not ended; in a `done` that has handed on
+  std::vector<std::thread> workers_;  // all that were started: one more than ever were away at once
 };
 
 }  // namespace pycoll::cpu

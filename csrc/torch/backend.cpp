@@ -2,11 +2,13 @@
 
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <mutex>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "torch/errors.h"
+#include "torch/gil.h"
 #include "torch/modules.h"
 #include "torch/sparse.h"
 
@@ -76,11 +78,33 @@ Alive& alive() {
   return *a;
 }
 
+// With what pycoll/tuning.py decides for so many ranks.
+c10::intrusive_ptr<c10d::Backend> make_group(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world,
+                                             std::chrono::milliseconds timeout, GlobalRanks global_ranks) {
+  cpu::Config config, cuda_config;
+  {
+    const py::gil_scoped_acquire gil;
+    const py::tuple both = py::module_::import("pycoll.backend").attr("configs")(world);
+    config = both[0].cast<cpu::Config>();
+    cuda_config = both[1].cast<cpu::Config>();
+  }
+  const GilReleased no_gil;
+  try {
+    return c10::make_intrusive<Backend>(store, rank, world, config, cuda_config,
+                                        std::chrono::duration<double>(timeout).count(), std::move(global_ranks));
+  } catch (const Error& e) {
+    throw PyError(e);
+  }
+}
+
 }  // namespace
 
 Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& label,
-                 const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds)
-    : c10d::Backend(rank, world), caller_(store, "group", label, rank, world, config, cuda_config, timeout_seconds) {
+                 const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds,
+                 GlobalRanks global_ranks)
+    : c10d::Backend(rank, world),
+      caller_(store, "group", label, rank, world, config, cuda_config, timeout_seconds),
+      global_ranks_(std::move(global_ranks)) {
   const std::lock_guard guard(alive().lock);
   std::erase_if(alive().groups, [](const auto& group) { return group.expired(); });
   alive().groups.push_back(caller_.shared_comm());
@@ -101,6 +125,36 @@ void Backend::close_all() {
     }
   }
   if (interrupted) std::rethrow_exception(interrupted);
+}
+
+c10::intrusive_ptr<c10d::Backend::Options> Backend::getBackendOptions() {
+  auto options = c10::make_intrusive<BackendOptions>(caller_.comm().timeout());
+  options->group_name = getGroupUid();
+  options->global_ranks_in_group = global_ranks_;
+  return options;
+}
+
+c10::intrusive_ptr<c10d::Backend> Backend::split(const c10::intrusive_ptr<c10d::Store>& store,
+                                                 const std::vector<int>& ranks,
+                                                 const c10::intrusive_ptr<Options>& options) {
+  const auto me = std::find(ranks.begin(), ranks.end(), getRank());
+  if (me == ranks.end()) return {};
+  if (store == split_on_) {
+    if (auto again = split_off_.lock()) return again;
+  }
+  GlobalRanks global_ranks;
+  for (const int r : ranks) global_ranks.push_back(global_ranks_.empty() ? r : global_ranks_.at(r));
+  auto group = make_group(store, static_cast<int>(me - ranks.begin()), static_cast<int>(ranks.size()), *options,
+                          std::move(global_ranks));
+  split_on_ = store;
+  split_off_ = group;
+  return group;
+}
+
+c10::intrusive_ptr<c10d::Backend> Backend::merge(const c10::intrusive_ptr<c10d::Store>& store,
+                                                 const c10::intrusive_ptr<Options>& options, const int& rank,
+                                                 const int& size) {
+  return make_group(store, rank, size, *options, {});
 }
 
 template <class CallOptions, class MakeJob>
@@ -297,20 +351,30 @@ void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_al
 void bind_backend(py::module_& m) {
   m.def("close_backends", &Backend::close_all, "Drains and closes every group.",
         py::call_guard<py::gil_scoped_release>());
+  py::class_<BackendOptions, c10::intrusive_ptr<BackendOptions>, c10d::Backend::Options>(m, "BackendOptions")
+      .def("__deepcopy__", [](const BackendOptions& options, const py::dict& /*memo*/) {
+        return c10::make_intrusive<BackendOptions>(options);
+      });
   py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend>(m, "Backend",
                                                                   "The c10d backend; see pycoll/backend.py.")
       .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Config&,
-                    const cpu::Config&, double>(),
+                    const cpu::Config&, double, GlobalRanks>(),
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("name"), py::arg("config"),
-           py::arg("cuda_config"), py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
-      .def("trace", [](const Backend& b) {
-        std::string text;
-        {
-          const py::gil_scoped_release no_gil;
-          text = b.trace();
-        }
-        return py::bytes(text);
-      });
+           py::arg("cuda_config"), py::arg("timeout"), py::arg("global_ranks"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("trace",
+           [](const Backend& b) {
+             std::string text;
+             {
+               const py::gil_scoped_release no_gil;
+               text = b.trace();
+             }
+             return py::bytes(text);
+           })
+      // torch calls these by name, where it finds them, on what is not one of its own backends.
+      .def_property_readonly("options", &Backend::getBackendOptions)
+      .def("_set_default_timeout", &Backend::setTimeout)
+      .def("perform_nocolor_split", [](Backend&, const at::Device&) {}, "What ranks do that a split leaves out.");
 }
 
 }  // namespace pycoll::bindings

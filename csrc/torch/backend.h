@@ -7,18 +7,36 @@
 
 namespace pycoll::bindings {
 
+using GlobalRanks = std::vector<uint64_t>;  // of a group, by rank in it; empty: the default group's, or not known
+
+// What torch asks of a group to make another like it; as a type of its own it can be copied from Python.
+struct BackendOptions : c10d::Backend::Options {
+  explicit BackendOptions(std::chrono::milliseconds timeout) : c10d::Backend::Options("pycoll", timeout) {}
+};
+
 class Backend : public c10d::Backend {
  public:
   using Work = c10::intrusive_ptr<c10d::Work>;
   using TensorLists = std::vector<Tensors>;
 
   Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& label,
-          const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds);
+          const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds,
+          GlobalRanks global_ranks = {});
 
   // At the end of the interpreter: drains and closes the groups that are still there, while Python can still answer.
   static void close_all();
 
   const std::string getBackendName() const override { return "pycoll"; }
+
+  c10::intrusive_ptr<Options> getBackendOptions() override;  // a copy
+  // A group of some of this one's ranks, to which they alone must come; null on the others.
+  bool supportsSplitting() const override { return true; }
+  c10::intrusive_ptr<c10d::Backend> split(const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
+                                          const c10::intrusive_ptr<Options>& options) override;
+  // A group of all who come to the store, as rank `rank` of `size`.
+  c10::intrusive_ptr<c10d::Backend> merge(const c10::intrusive_ptr<c10d::Store>& store,
+                                          const c10::intrusive_ptr<Options>& options, const int& rank,
+                                          const int& size) override;
 
   Work allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override;  // sparse ones on the CPU as well
   Work allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) override;
@@ -65,7 +83,11 @@ class Backend : public c10d::Backend {
   Seat seat() const { return caller_.seat(); }
 
   Caller caller_;
+  const GlobalRanks global_ranks_;
   std::atomic<uint64_t> calls_{0}, monitored_barriers_{0};
+  // torch splits once for each device that a backend serves, on one store: it gets the same group each time.
+  c10::intrusive_ptr<c10d::Store> split_on_;
+  c10::weak_intrusive_ptr<c10d::Backend> split_off_{c10::intrusive_ptr<c10d::Backend>()};
 };
 
 }  // namespace pycoll::bindings

@@ -243,8 +243,32 @@ void closing_beside_calls() {
   }
 }
 
+void what_comes_after_a_call_may_wait_for_later_ones() {
+  const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [](Communicator& comm) {
+    constexpr int kDepth = 3;
+    std::vector<std::vector<float>> queued(kDepth, std::vector<float>(100, 1.0f)), called = queued;
+    std::vector<std::promise<void>> done(kDepth);
+    for (int i = 0; i < kDepth; ++i) {
+      comm.enqueue(once(all_reduce(queued[i])), [&, i](std::exception_ptr failure) {
+        CHECK(!failure);
+        Communicator::hand_on();
+        Communicator::hand_on();  // once is enough
+        if (i + 1 < kDepth) done[i + 1].get_future().wait();  // the last ends first
+        comm.run(all_reduce(called[i]));
+        done[i].set_value();
+      });
+    }
+    done[0].get_future().wait();
+    for (int i = 0; i < kDepth; ++i) CHECK(queued[i][0] == 2.0f && called[i][99] == 2.0f);
+    Communicator::hand_on();  // of no effect here
+    comm.run(all_reduce(queued[0]));
+    CHECK_EQ(queued[0][0], 4.0f);
+  });
+  for (const std::string& e : errors) CHECK_EQ(e, std::string());
+}
+
 // As when a future's callback drops the last reference to a process group.
-void a_callback_may_destroy_the_communicator() {
+void a_callback_may_destroy_the_communicator(bool hands_on) {
   MapStore store;
   std::vector<std::thread> threads;
   std::atomic<int> done{0};
@@ -253,8 +277,9 @@ void a_callback_may_destroy_the_communicator() {
       auto comm = std::make_shared<Communicator>(store, r, 2, small_config(), Milliseconds(20000));
       Communicator& c = *comm;
       auto x = std::make_shared<std::vector<float>>(100, 1.0f);
-      c.enqueue(once(all_reduce(*x)), [x, &done, comm = std::move(comm)](std::exception_ptr failure) mutable {
+      c.enqueue(once(all_reduce(*x)), [x, &done, hands_on, comm = std::move(comm)](std::exception_ptr failure) mutable {
         CHECK(!failure);
+        if (hands_on) Communicator::hand_on();
         comm = nullptr;
         ++done;
       });
@@ -297,7 +322,8 @@ int main() {
   closing_drains_the_queue();
   a_closed_communicator_holds_no_memory_but_tensors();
   closing_beside_calls();
-  a_callback_may_destroy_the_communicator();
+  what_comes_after_a_call_may_wait_for_later_ones();
+  for (const bool hands_on : {false, true}) a_callback_may_destroy_the_communicator(hands_on);
   worlds_must_agree();
   return check::report();
 }
