@@ -80,7 +80,7 @@ Alive& alive() {
 
 // With what pycoll/tuning.py decides for so many ranks.
 c10::intrusive_ptr<c10d::Backend> make_group(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world,
-                                             std::chrono::milliseconds timeout, GlobalRanks global_ranks) {
+                                             const c10d::Backend::Options& options, GlobalRanks global_ranks) {
   cpu::Config config, cuda_config;
   {
     const py::gil_scoped_acquire gil;
@@ -90,8 +90,9 @@ c10::intrusive_ptr<c10d::Backend> make_group(const c10::intrusive_ptr<c10d::Stor
   }
   const GilReleased no_gil;
   try {
-    return c10::make_intrusive<Backend>(store, rank, world, config, cuda_config,
-                                        std::chrono::duration<double>(timeout).count(), std::move(global_ranks));
+    return c10::make_intrusive<Backend>(store, rank, world, "group " + options.group_name, config, cuda_config,
+                                        std::chrono::duration<double>(options.timeout).count(),
+                                        std::move(global_ranks));
   } catch (const Error& e) {
     throw PyError(e);
   }
