@@ -64,6 +64,8 @@ def faults(arguments: Sequence[str]) -> int:
     from pycoll.faults.campaign import main as faults_main
 
     return faults_main(tyro.cli(Faults, prog="pycoll faults", args=arguments))
+
+
 def trace(arguments: Sequence[str]) -> int:
     """show what ranks did last, from what they left when they failed"""
     from pycoll.trace.main import main as trace_main

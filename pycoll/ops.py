@@ -1,14 +1,14 @@
-"""The collectives as operators of torch, for torch.compile and autograd: `torch.ops.pycoll.all_reduce(x, "sum", comm.name)`.
+"""The collectives as operators for torch.compile and autograd: `torch.ops.pycoll.all_reduce(x, "sum", comm.name)`.
 
 Importing this module, or naming `pycoll.ops`, registers them. Each operator takes tensors and the name of a
 `pycoll.Communicator` of this process (`Communicator.name`), and returns a new tensor: none changes its arguments. They
-do what the methods of the same names do, on CPU and CUDA tensors, and raise the same errors; operations, roots and splits
-are given as there. All ranks must make the same calls in the same order, forward and backward.
+do what the methods of the same names do, on CPU and CUDA tensors, and raise the same errors; operations, roots and
+splits are given as there. All ranks must make the same calls in the same order, forward and backward.
 
 torch.compile leaves none out, though its result be unused: they are registered as having effects. It keeps their order,
-but for Inductor, which may reorder calls that do not depend on one another (up to torch 2.13 at least), on all ranks alike
-where they compile the same graph. Where ranks use results differently, as those of `reduce` and `gather`, they may not:
-what then comes is a MismatchError, never a wrong result.
+but for Inductor, which may reorder calls that do not depend on one another (up to torch 2.13 at least), on all ranks
+alike where they compile the same graph. Where ranks use results differently, as those of `reduce` and `gather`, they
+may not: what then comes is a MismatchError, never a wrong result.
 
 Gradients are those of the sum of all ranks' losses, as those of torch.distributed.nn.functional: the derivative of a
 collective is another one, which all ranks must come to. "min", "max", "product" and bitwise operations have none.
@@ -18,12 +18,13 @@ arguments (recv).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
+from pycoll.collectives import Op
 from pycoll.communicator import named
 from pycoll.errors import UnsupportedError
 
@@ -49,7 +50,7 @@ def _dense(x: Tensor, rows: int | None = None) -> Tensor:
 @_operator
 def all_reduce(x: Tensor, op: str, name: str) -> Tensor:
     """The elementwise combination of all ranks' `x`."""
-    return named(name).all_reduce(x, op, out=_dense(x))
+    return named(name).all_reduce(x, cast(Op, op), out=_dense(x))
 
 
 @_operator
@@ -57,7 +58,7 @@ def reduce(x: Tensor, op: str, root: int, name: str) -> Tensor:
     """The same on rank `root`; zeros elsewhere."""
     comm = named(name)
     result = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    comm.reduce(x, op, root, out=result)
+    comm.reduce(x, cast(Op, op), root, out=result)
     return result
 
 
@@ -83,19 +84,19 @@ def gather(x: Tensor, root: int, name: str) -> Tensor:
 @_operator
 def reduce_scatter(x: Tensor, op: str, name: str) -> Tensor:
     """(world_size * n, ...) -> (n, ...): this rank's block of the elementwise combination."""
-    return named(name).reduce_scatter(x, op)
+    return named(name).reduce_scatter(x, cast(Op, op))
 
 
 @_operator
 def scatter(x: Tensor, rows: int, root: int, name: str) -> Tensor:
-    """(world_size * rows, ...) on rank `root` -> (rows, ...) on each. Elsewhere `x` says dtype and shape[1:]; (0, ...)."""
+    """(world_size * rows, ...) on `root` -> (rows, ...) on each. Elsewhere `x`, (0, ...), says dtype and shape[1:]."""
     comm = named(name)
     return comm.scatter(x if comm.rank == root else None, root, out=_dense(x, rows))
 
 
 @_operator
 def all_to_all(x: Tensor, send_splits: list[int], recv_splits: list[int], name: str) -> Tensor:
-    """(sum(send_splits), ...) -> (sum(recv_splits), ...): the parts for this rank, in rank order. Empty: equal parts."""
+    """(sum(send_splits), ...) -> (sum(recv_splits), ...): parts for this rank, in rank order. Empty: equal parts."""
     return named(name).all_to_all(x, send_splits=send_splits, recv_splits=recv_splits)
 
 

@@ -17,7 +17,7 @@ thread_local void* here = nullptr;             // the Queue::Worker that this th
 struct Queue::Worker {
   explicit Worker(Queue& q) : queue(q) { here = this; }
   Queue& queue;
-  std::optional<Inside> turn;  // while it is inside a call, or in a `done` that has not handed on
+  std::optional<Inside> turn;       // while it is inside a call, or in a `done` that has not handed on
   bool over = false, away = false;  // its call; in a `done` that has
 };
 

@@ -74,7 +74,7 @@ void Work::mark_future() {
     if (!future_ || !completed_ || marked_) return;
     marked_ = true;
   }
-  cpu::Communicator::hand_on();  // to the next call, for which callbacks of the future may wait
+  cpu::Communicator::hand_on();        // to the next call, for which callbacks of the future may wait
   std::optional<c10::StreamGuard> on;  // the future is ready when the call's stream gets here
   if (const auto where = stream()) on.emplace(*where);
   if (exception_) {

@@ -252,7 +252,7 @@ void what_comes_after_a_call_may_wait_for_later_ones() {
       comm.enqueue(once(all_reduce(queued[i])), [&, i](std::exception_ptr failure) {
         CHECK(!failure);
         Communicator::hand_on();
-        Communicator::hand_on();  // once is enough
+        Communicator::hand_on();                              // once is enough
         if (i + 1 < kDepth) done[i + 1].get_future().wait();  // the last ends first
         comm.run(all_reduce(called[i]));
         done[i].set_value();

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+
 from distributed.side_by_side import WORLD_SIZES, Ranks
 
 

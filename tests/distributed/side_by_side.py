@@ -1,8 +1,9 @@
 """One case over two backends, in the same processes: over Gloo, then over pycoll, and the results beside each other.
 
-A case is a function of a `Rank` in whose process the default group is there. It returns what it computed: tensors, numbers,
-texts, and lists and dictionaries of them. Two ranks leave no choice of the order in which to add, so there the results are
-equal bit by bit; so are they of one. With more, `rtol` and `atol` say how near they are, for fp64, in which the cases compute.
+A case is a function of a `Rank` in whose process the default group is there. It returns what it computed: tensors,
+numbers, texts, and lists and dictionaries of them. Two ranks leave no choice of the order in which to add, so there the
+results are equal bit by bit; so are they of one. With more, `rtol` and `atol` say how near they are, for fp64, in which
+the cases compute.
 """
 
 import gc
@@ -138,7 +139,7 @@ def _in_group(rank: Rank, backend: str, name: str, case: Case, args: Sequence[An
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """What a case returned as names and tensors, numbers or texts; tensors are copied, and parts of one are put together."""
+    """What a case returned, by name: tensors (copies), numbers and texts."""
     return dict(_flat(value, name))
 
 

@@ -1,4 +1,4 @@
-"""Programs that never heard of pycoll: torch finds the backend by itself, and is none the worse where pycoll is broken."""
+"""Programs that never heard of pycoll: torch finds the backend, and is none the worse where pycoll is broken."""
 
 import json
 import os

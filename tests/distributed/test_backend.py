@@ -523,7 +523,9 @@ def _calls_from_a_callback(rank: Rank, call: str) -> list[float]:
     return [future.wait(), nested.wait()]
 
 
-@pytest.mark.parametrize("call", ("all_gather", "strided", "dense", "asynchronous", "later", "later's future", "earlier"))
+@pytest.mark.parametrize(
+    "call", ("all_gather", "strided", "dense", "asynchronous", "later", "later's future", "earlier")
+)
 def test_a_callback_may_make_calls_and_wait_for_them(call: str) -> None:
     """The group goes on while it does: another thread serves it."""
     total = {"strided": 4.0 + 16, "dense": 8.0 + 8, "asynchronous": 8.0 + 8}.get(call, 4.0 + 8)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel with all it offers, and the optimizers for it: over pycoll the numbers are those over Gloo."""
+"""DistributedDataParallel with all it offers, and its optimizers: over pycoll the numbers are those over Gloo."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.side_by_side import Ranks, Tolerance
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import (
     ddp_zero_hook,
@@ -23,6 +22,7 @@ from torch.distributed.algorithms.model_averaging.hierarchical_model_averager im
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed.side_by_side import Ranks, Tolerance
 from pycoll.testing import Rank
 
 pytestmark = pytest.mark.timeout(120)
@@ -204,7 +204,8 @@ HOOKS: dict[str, Callable[[DistributedDataParallel], None]] = {
 
 
 def _hooked(rank: Rank, name: str) -> dict[str, Any]:
-    buckets = {"bucket_cap_mb": 25} if "PowerSGD" in name else {}  # one: over Gloo the callbacks of two wait for each other
+    # One bucket: over Gloo the callbacks of two wait for each other.
+    buckets = {"bucket_cap_mb": 25} if "PowerSGD" in name else {}
     model = ddp(rank, **buckets)
     HOOKS[name](model)
     return train(model, rank)
@@ -233,7 +234,7 @@ def test_zero_redundancy_optimizer(ranks: Ranks, options: dict[str, Any]) -> Non
 
 
 def _zero_overlapped(rank: Rank, interleaved: bool, static_graph: bool) -> None:
-    """The optimizer steps in the callbacks of the gradients, broadcasts there, and waits. torch refuses it over Gloo."""
+    """The optimizer steps in the gradients' callbacks, broadcasts there, and waits. torch refuses it over Gloo."""
     model = ddp(rank, static_graph=static_graph)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
     make = ddp_zero_hook.hook_with_zero_step_interleaved if interleaved else ddp_zero_hook.hook_with_zero_step

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from distributed.side_by_side import Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed.side_by_side import Ranks
 from pycoll.testing import Rank
 
 pytestmark = pytest.mark.timeout(120)
@@ -67,7 +67,7 @@ def calls(rank: Rank) -> dict[str, Call]:
         "all_reduce coalesced": lambda x: functional.all_reduce_coalesced([x, x[:1] + 1], "sum", group),
         "all_gather coalesced": gathered,
         "reduce_scatter coalesced": scattered,
-        "permute": lambda x: functional.permute_tensor(x, [(r + 1) % world for r in range(world)], group),
+        "permute": lambda x: functional.permute_tensor(x.flatten(), [(r + 1) % world for r in range(world)], group),
     }
 
 

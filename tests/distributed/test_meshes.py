@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as autograd_collectives
-from distributed.side_by_side import Ranks
 from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from distributed.side_by_side import Ranks
 from pycoll.testing import Rank
 
 pytestmark = pytest.mark.timeout(120)
@@ -196,7 +196,7 @@ def test_split_groups(ranks: Ranks) -> None:
 
 
 def _split_by_torch(rank: Rank) -> None:
-    """torch.distributed.split_group, for which torch wants an accelerator, and options that can be copied: not Gloo's."""
+    """split_group, for which torch wants an accelerator, and options that can be copied: not Gloo's."""
     world, group = rank.world_size, dist.group.WORLD
     assert group is not None
     half = max(1, world // 2)

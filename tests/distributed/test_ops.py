@@ -145,7 +145,7 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 
 def _compiled(comm: Communicator, backend: str) -> None:
     for name, (x, call, _) in calls(comm.rank, comm.world_size).items():
-        result, gradient = expected(comm.rank, comm.world_size, name)
+        result, _ = expected(comm.rank, comm.world_size, name)
         x = x.clone().requires_grad_()
         compiled = torch.compile(lambda x, call=call: call(x * 2).tanh(), fullgraph=True, backend=backend)
         y = compiled(x)
@@ -228,7 +228,7 @@ CASES: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     (_trains, ("aot_eager",)),
 ]
 INDUCTOR: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-    (_kept, ("inductor", -1)),  # it reorders what does not depend on one another, on all ranks alike if they do the same
+    (_kept, ("inductor", -1)),  # it reorders what is independent, on all ranks alike if they do the same
     (_trains, ("inductor",)),
 ]
 

@@ -1,4 +1,4 @@
-"""FSDP, FSDP2, tensor parallelism, both, and the distributed checkpoint: over pycoll the numbers are those over Gloo."""
+"""FSDP, FSDP2, tensor parallelism, and distributed checkpoints: over pycoll the numbers are those over Gloo."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed.side_by_side import Ranks, Tolerance
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,6 +36,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from distributed.side_by_side import Ranks, Tolerance
 from pycoll.testing import Rank
 
 pytestmark = pytest.mark.timeout(120)
