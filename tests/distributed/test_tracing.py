@@ -127,8 +127,8 @@ def test_a_mismatch_is_found() -> None:
 def _group(rank: Rank) -> tuple[Path, list[dict[str, Any]], dict[str, Any], str]:
     folder = traced(rank)
     rank.init_process_group()
-    dist.all_reduce(torch.ones(10), async_op=True).wait()
     dist.all_reduce(torch.ones(20, dtype=torch.float64), dist.ReduceOp.MAX)
+    dist.all_reduce(torch.ones(10), async_op=True).wait()
     if rank.rank == 0:
         dist.send(torch.ones(5), 1, tag=7)
     else:
@@ -149,8 +149,8 @@ def test_a_group_is_traced_too() -> None:
         for r, (_, calls, message, kind) in enumerate(results):
             assert kind == "MismatchError"
             assert [c["call"] for c in calls] == ["barrier", "all_reduce", "all_reduce"]
-            assert "queued" in calls[1] and "queued" not in calls[2], "an asynchronous call, a synchronous one"
-            assert (calls[2]["op"], calls[2]["bytes"], calls[2]["dtype"]) == ("max", 160, "float64")
+            assert "queued" not in calls[1] and "queued" in calls[2], "a synchronous call, an asynchronous one"
+            assert (calls[1]["op"], calls[1]["bytes"], calls[1]["dtype"]) == ("max", 160, "float64")
             assert all(c["state"] == "ended" and c["begin_ns"] <= c["end_ns"] for c in calls)
             assert (message["call"], message["peer"], message["tag"]) == (("send", "recv")[r], 1 - r, 7)
             assert (message["state"], message["bytes"]) == ("ended", 20)
