@@ -6,12 +6,21 @@
 
 #include "algorithms/call.h"
 #include "cpu/error.h"
+#include "cpu/os.h"
 
 namespace pycoll::cpu {
 
 InOut all_to_all_elements(const Call& call, int world) {
   return {std::accumulate(call.send_counts, call.send_counts + world, uint64_t{0}),
           std::accumulate(call.recv_counts, call.recv_counts + world, uint64_t{0})};
+}
+
+std::span<const std::byte> too_large_to_cache(const Call& call, int world) {
+  const InOut elements = elements_of(call, world);
+  const size_t in = elements.in * size_of(call.dtype), out = elements.out * size_of(call.dtype);
+  const bool read_first = call.in == call.out && call.collective != Collective::kBroadcast;
+  if (read_first || std::max(in, out) * static_cast<size_t>(world) <= last_level_cache()) return {};
+  return {static_cast<const std::byte*>(call.out), out};
 }
 
 void check_algorithm(const Call& call) {

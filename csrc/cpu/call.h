@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "core/record.h"
@@ -40,6 +42,10 @@ inline InOut elements_of(const Call& call, int world) {  // of its input and out
   if (call.send_counts) return all_to_all_elements(call, world);
   return elements_of(call.collective, call.count, world);
 }
+
+// The output, if nothing of it is in the caches when it is written, and nobody will find it there: when the tensors of all
+// ranks do not fit there together.
+std::span<const std::byte> too_large_to_cache(const Call& call, int world);
 
 // Throws Error (kUnsupported) for an algorithm that the CPU has not.
 void check_algorithm(const Call& call);

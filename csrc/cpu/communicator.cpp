@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "algorithms/call.h"
+#include "cpu/call.h"
 #include "cpu/executor.h"
 #include "cpu/heap.h"
 #include "cpu/lanes.h"
@@ -121,23 +122,24 @@ struct Communicator::Impl {
                        call.send_counts,
                        call.recv_counts};
     const auto timeout = call.timeout.count() > 0 ? call.timeout : watch.timeout();
+    const auto streamed = too_large_to_cache(call, world());
     // The entry: on channel 0, with the record; the other channels start when it has passed.
     const auto enter = [&](Window<Executor>& w) {
       table.barrier_cell(rank(), 0, windows[0].epoch + 1).record = mine;
       w.barrier();
       compare_records(mine);
-      if (channels > 1) lanes.start(channels, [=, this](int c) { run_lane(c, channels, mine, op, timeout); });
+      if (channels > 1) lanes.start(channels, [=, this](int c) { run_lane(c, channels, mine, op, timeout, streamed); });
       return true;
     };
-    Executor exec = executor(mine, timeout, in_caller, call.mover);
+    Executor exec = executor(mine, timeout, in_caller, call.mover, streamed);
     if (call.meeting) return meet(exec, op, mine, *call.meeting, enter);
     run_channel(exec, op, 0, channels, mine, enter);
   }
 
   void run_lane(int channel, int channels, const CallRecord& mine, const Operation& op,
-                std::chrono::milliseconds timeout) {
+                std::chrono::milliseconds timeout, std::span<const std::byte> streamed) {
     const std::exception_ptr failure = guarded([&] {
-      Executor exec = executor(mine, timeout, /*in_caller=*/false, /*mover=*/nullptr);
+      Executor exec = executor(mine, timeout, /*in_caller=*/false, /*mover=*/nullptr, streamed);
       const auto enter = [](Window<Executor>& w) { return w.barrier(); };
       run_channel(exec, op, channel, channels, mine, enter);
     });
@@ -176,8 +178,9 @@ struct Communicator::Impl {
     w.barrier();
   }
 
-  Executor executor(const CallRecord& mine, std::chrono::milliseconds timeout, bool in_caller, Mover* mover) const {
-    return Executor(Waiter(watch, timeout, spins, in_caller), mine.dtype, mine.op, world(), mover);
+  Executor executor(const CallRecord& mine, std::chrono::milliseconds timeout, bool in_caller, Mover* mover,
+                    std::span<const std::byte> streamed) const {
+    return Executor(Waiter(watch, timeout, spins, in_caller), mine.dtype, mine.op, world(), mover, streamed);
   }
 
   int channels_for(const CallRecord& r) const {

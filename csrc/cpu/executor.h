@@ -2,6 +2,9 @@
 // by exception.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
 #include <vector>
 
 #include "core/combine.h"
@@ -15,10 +18,11 @@ namespace pycoll::cpu {
 
 class Executor {
  public:
-  // `mover`: who moves the data instead of this CPU, or null.
-  Executor(Waiter waiter, DType dtype, ReduceOp op, int world, Mover* mover)
+  // `mover`: who moves the data instead of this CPU, or null. `streamed`: memory, maybe none, that is not read soon.
+  Executor(Waiter waiter, DType dtype, ReduceOp op, int world, Mover* mover, std::span<const std::byte> streamed)
       : waiter_(waiter),
         mover_(mover),
+        streamed_(streamed),
         dtype_(dtype),
         op_(op),
         kernels_(kernels()),
@@ -46,7 +50,8 @@ class Executor {
   }
   void copy(void* dst, const void* src, size_t bytes) const {
     if (mover_) return mover_->copy(dst, src, bytes);
-    kernels_.copy(dst, src, bytes);
+    const auto at = reinterpret_cast<uintptr_t>(dst) - reinterpret_cast<uintptr_t>(streamed_.data());
+    (at < streamed_.size() ? kernels_.stream : kernels_.copy)(dst, src, bytes);
   }
   void report_counts(int from, int to, uint64_t sent, uint64_t expected) const {
     throw Error(ErrorKind::kMismatch, counts_text(from, to, sent, expected), from);
@@ -61,6 +66,7 @@ class Executor {
  private:
   Waiter waiter_;
   Mover* const mover_;
+  const std::span<const std::byte> streamed_;
   const DType dtype_;
   const ReduceOp op_;
   const Kernels& kernels_;

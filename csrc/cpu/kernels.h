@@ -12,6 +12,7 @@ namespace pycoll::cpu {
 struct Kernels {
   void (*combine[kDTypeCount][kReduceOpCount])(const CombineArgs&);  // any address, aligned or not; null: see kReduces
   void (*copy)(void* dst, const void* src, size_t bytes);            // the two do not overlap
+  void (*stream)(void* dst, const void* src, size_t bytes);          // the same, past the caches
   const char* isa;                                                   // "baseline", "avx2" or "avx512"
 };
 

@@ -26,6 +26,13 @@ struct Halves {
     _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
   }
 };
+struct Streams {
+  static constexpr size_t kBytes = 32;
+  PYCOLL_HD static void store(void* to, const void* from) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  }
+  PYCOLL_HD static void drain() { _mm_sfence(); }
+};
 
 }  // namespace
 }  // namespace pycoll::cpu

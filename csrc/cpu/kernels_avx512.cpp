@@ -28,6 +28,13 @@ struct Halves {
                         _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
   }
 };
+struct Streams {
+  static constexpr size_t kBytes = 64;
+  PYCOLL_HD static void store(void* to, const void* from) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+  PYCOLL_HD static void drain() { _mm_sfence(); }
+};
 
 }  // namespace
 }  // namespace pycoll::cpu

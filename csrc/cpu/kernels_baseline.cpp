@@ -1,4 +1,8 @@
 // The kernels for any CPU of the architecture: SSE2 on x86-64.
+#ifdef __x86_64__
+#include <emmintrin.h>
+#endif
+
 #include "cpu/kernels_isa.h"
 
 #ifndef __clang__
@@ -14,6 +18,19 @@ struct Halves {
   static constexpr size_t kVector = 0;
   static void widen(float*, const void*);
   static void narrow(void*, const float*);
+};
+struct Streams {
+#ifdef __x86_64__
+  static constexpr size_t kBytes = 16;
+  PYCOLL_HD static void store(void* to, const void* from) {
+    _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+  }
+  PYCOLL_HD static void drain() { _mm_sfence(); }
+#else
+  static constexpr size_t kBytes = 0;
+  static void store(void*, const void*);
+  static void drain();
+#endif
 };
 
 }  // namespace

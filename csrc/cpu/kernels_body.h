@@ -2,6 +2,8 @@
 // defines
 //   kIsa      its name
 //   Halves    its instructions that convert Float16: how many they take at once, 0 where it has none; widen and narrow
+//   Streams   its stores that go past the caches: how many bytes each takes, 0 where it has none; store, to an aligned
+//             address; and drain, after which they come before whatever is stored next
 //   kCopyLoopFrom, kCopyLoopTo   the sizes in bytes at which a plain loop copies faster than memcpy (measured in the L1
 //   cache)
 // Everything is in an unnamed namespace, and what is called here is always inlined: no code built for this instruction
@@ -142,6 +144,21 @@ void copy(void* dst, const void* src, size_t bytes) {
   __builtin_memcpy(static_cast<std::byte*>(dst) + done, static_cast<const std::byte*>(src) + done, bytes - done);
 }
 
+void stream(void* dst, const void* src, size_t bytes) {
+  size_t begin = 0, end = 0;  // of whole lines: written in part they cost more than they save
+  if constexpr (Streams::kBytes > 0) {
+    begin = -reinterpret_cast<uintptr_t>(dst) % 64;
+    if (begin > bytes) begin = 0;
+    end = bytes - (bytes - begin) % 64;
+    for (size_t i = begin; i < end; i += Streams::kBytes) {
+      Streams::store(static_cast<std::byte*>(dst) + i, static_cast<const std::byte*>(src) + i);
+    }
+    Streams::drain();
+  }
+  copy(dst, src, begin);
+  copy(static_cast<std::byte*>(dst) + end, static_cast<const std::byte*>(src) + end, bytes - end);
+}
+
 // Asks for the next block of each source while this one is worked on: the processor's own prefetcher stops at the end
 // of a page.
 template <class T>
@@ -191,6 +208,7 @@ constexpr void fill(Kernels& table, DType dtype) {
 constexpr Kernels make_table() {
   Kernels table{};
   table.copy = copy;
+  table.stream = stream;
   table.isa = kIsa;
   fill<float>(table, DType::kFloat32);
   fill<double>(table, DType::kFloat64);

@@ -127,6 +127,15 @@ uint64_t physical_memory() {
   return static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
 }
 
+uint64_t last_level_cache() {
+  static const uint64_t kBytes = [] {  // sysconf speaks of a whole processor, of which a virtual machine has a part
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // such as 32768K
+    uint64_t kib = 0;
+    return file >> kib ? kib << 10 : uint64_t{32} << 20;
+  }();
+  return kBytes;
+}
+
 uint64_t socket_place() {
   std::ifstream boot_file("/proc/sys/kernel/random/boot_id");
   std::string boot;

@@ -75,9 +75,10 @@ class SignalsBlocked {
   alignas(16) unsigned char saved_[128];
 };
 
-int available_cores();       // that this process may run on
-uint64_t physical_memory();  // bytes
-std::string random_token();  // 32 hexadecimal digits
+int available_cores();        // that this process may run on
+uint64_t physical_memory();   // bytes
+uint64_t last_level_cache();  // bytes; a common size where the system does not say
+std::string random_token();   // 32 hexadecimal digits
 // Processes with the same one reach each other's abstract sockets: the machine and its network namespace. 0: not known.
 uint64_t socket_place();
 [[noreturn]] void throw_errno(const std::string& doing);

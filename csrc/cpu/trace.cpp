@@ -170,9 +170,9 @@ std::string Tracer::trace() const {
   for (int r = 0; r < world; ++r) {
     const Control& c = a_.control(r);
     json.open('{').key("rank").value(r).key("pid").value(static_cast<int>(c.pid)).key("state").value(state_of_rank(r));
-    const uint32_t awaited = std::max(load_acquire(c.waits_for), load_acquire(c.mail_waits_for));
+    const int awaited = watch_.awaited_by(r, std::chrono::milliseconds::max());
     json.key("waits_for");
-    awaited == 0 ? json.null() : json.value(static_cast<int>(awaited) - 1);
+    awaited < 0 ? json.null() : json.value(awaited);
     write_error(json, failure_of(r));
     write_journals(json, seen[r], world, time);
     json.close('}');

@@ -67,13 +67,14 @@ class Watch {
   // up all. Said again about every 20 ms while it waits: a rank that is stopped says so no longer.
   void waits_for(int peer) const;
   void mail_waits_for(int peer) const;  // the same of sends and receives, which go on beside collectives
+  // Whom a rank waits for, as it has said within the last `patience`; -1: nobody.
+  int awaited_by(int rank, std::chrono::milliseconds patience) const;
 
   std::chrono::milliseconds timeout() const { return timeout_; }
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
 
  private:
   void look_at(const Awaited& awaited) const;
-  int awaited_by(int rank, std::chrono::milliseconds patience) const;  // -1: it waits for nobody
 
   const Attachment& a_;
   std::atomic<std::chrono::milliseconds> timeout_;  // set by one thread, read by others

@@ -193,8 +193,10 @@ class Play:
                 self._pending.discard(rank)
                 self._strike(fault, rank, child)
         for rank, when in list(self._continue_at.items()):
-            if now >= when and self._is_stopped(self._children[rank]):
-                os.kill(self._children[rank].pid, signal.SIGCONT)
+            child = self._children[rank]
+            if now >= when and self._is_stopped(child):
+                if child.status is None:  # its process, or what is left of it, is there
+                    os.kill(child.pid, signal.SIGCONT)
                 del self._continue_at[rank]
 
     def _strike(self, fault: Fault, rank: int, child: Child) -> None:

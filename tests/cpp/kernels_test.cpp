@@ -125,14 +125,16 @@ void check_copy(const Kernels& k) {
       for (const size_t other_shift : {0, 3}) {
         Bytes content(bytes);
         for (size_t i = 0; i < bytes; ++i) content[i] = static_cast<std::byte>(i * 7 + bytes);
-        Buffer from(content, other_shift), to(bytes, shift);
-        k.copy(to.data(), from.data(), bytes);
-        CHECK(to.content() == content);
-        CHECK(to.guards_intact() && from.guards_intact());
+        for (const auto move : {k.copy, k.stream}) {
+          Buffer from(content, other_shift), to(bytes, shift);
+          move(to.data(), from.data(), bytes);
+          CHECK(to.content() == content);
+          CHECK(to.guards_intact() && from.guards_intact());
+        }
       }
     }
   }
-  k.copy(nullptr, nullptr, 0);
+  for (const auto move : {k.copy, k.stream}) move(nullptr, nullptr, 0);
   void* nowhere = nullptr;
   const void* nothing = nullptr;
   k.combine[0][0]({&nowhere, 1, &nothing, 1, 0, true, 1, 0});
