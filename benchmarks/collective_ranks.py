@@ -60,6 +60,7 @@ def _blocks(world_size: int, call: Callable[[Tensor, Tensor], object], other_is_
         whole = allocate(block * world_size, dtype)
         # One more element, lest `allocate` give the same tensor twice.
         other = allocate(block, dtype) if other_is_block else allocate(block * world_size + 1, dtype)[:-1]
+        other.fill_(1)  # memory that was never written is one page of zeros, which is in the cache
         return partial(call, whole, other), whole
 
     return make

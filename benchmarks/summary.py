@@ -1,4 +1,4 @@
-"""The table of the README: what an all-reduce takes, from a JSON file that `pycoll bench all-reduce` wrote.
+"""The tables of the README, from JSON files that `pycoll bench all-reduce` and `pycoll bench collectives` wrote.
 
 python -m pycoll.benchmarks.summary benchmarks/results/MACHINE/all_reduce-2-ranks-float32.json
 """
@@ -15,6 +15,33 @@ SIZES = tuple(kib * 1024 for kib in (1, 64, 1024, 4 * 1024, 64 * 1024, 256 * 102
 
 
 def markdown(report: Report) -> str:
+    """The table for what was timed."""
+    return collectives(report) if report.benchmark == "collectives" else all_reduce(report)
+
+
+def collectives(report: Report) -> str:
+    """A row a collective, a column a size: medians in us through torch, and how many times faster than Gloo."""
+    rows = report.select(who="pycoll", call="torch.distributed")
+    sizes = sorted({row.size for row in rows})
+    names = dict.fromkeys(row.algorithm for row in report.rows if row.who == "pycoll")
+    lines = [f"| through torch | {' | '.join(map(format_bytes, sizes))} |", f"|---{'|---' * len(sizes)}|"]
+    for name in names:
+        cells = [_beside_gloo(report, size, name) for size in sizes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    times = f"Medians of one run, {report.world_size} ranks, {report.dtype}: {machine_line(report)}."
+    return "\n".join([*lines, "", times]) + "\n"
+
+
+def _beside_gloo(report: Report, size: int, name: str) -> str:
+    mine, gloo = (
+        report.select(who=who, size=size, algorithm=name, call="torch.distributed") for who in ("pycoll", "Gloo")
+    )
+    if not mine:  # a barrier has one size
+        return ""
+    return f"{_us(mine[0])} (**{format_ratio(gloo[0].timing.median / mine[0].timing.median)} x**)"
+
+
+def all_reduce(report: Report) -> str:
     """A row a size: medians in us, the faster MPI (any setting), and how many times faster than Gloo through torch."""
     lines = [
         "| all-reduce of | pycoll | on symmetric memory | the machine's ceiling there | through torch "

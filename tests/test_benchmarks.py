@@ -555,13 +555,13 @@ def test_ranks_on_one_gpu_have_fewer_sizes_for_forced_algorithms() -> None:
 
 
 def test_readme_shows_committed_results() -> None:
-    """Its table is what benchmarks/summary.py makes of the run that it names."""
+    """Its tables are what benchmarks/summary.py makes of the runs that they name."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"<!-- results: (.+) -->\n(.*)<!-- end of results -->", readme, re.DOTALL)
-    assert found is not None
-    shown = report.Report.from_json((ROOT / found[1]).read_text(encoding="utf-8"))
-    assert found[2] == summary.markdown(shown)
-    assert (ROOT / found[1]).with_suffix(".png").exists()
+    tables = re.findall(r"<!-- results: (.+?) -->\n(.*?)<!-- end of results -->", readme, re.DOTALL)
+    shown = [report.Report.from_json((ROOT / path).read_text(encoding="utf-8")) for path, _ in tables]
+    assert [each.benchmark for each in shown] == ["all-reduce", "collectives"]
+    assert [text for _, text in tables] == [summary.markdown(each) for each in shown]
+    assert all((ROOT / path).with_suffix(".png").exists() for path, _ in tables)
 
 
 def test_what_overhead_leaves_out_is_there() -> None:

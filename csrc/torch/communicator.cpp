@@ -155,7 +155,7 @@ class PyCommunicator {
 
   // `like`: a tensor whose shape and element type all ranks compare.
   Handle submit(c10d::OpType type, const char* title, Job job, bool async, const at::Tensor& like) {
-    Tensors written;
+    c10::SmallVector<at::Tensor, 2> written;
     for (const Dense& d : job.writes) {
       const at::Tensor& t = d.tensor();
       if (t.requires_grad() && at::GradMode::is_enabled()) {

@@ -119,12 +119,16 @@ Job reduce_whole(cpu::Call call, const at::Tensor& x, const at::Tensor& out, con
   const char* what = name(call.collective);
   check_writable(out, what);
   check_like(x, out, what);
-  const Dense result(out);
-  const Dense given = x.is_same(out) && !by.factor.defined() ? result : read(x, by);
+  Job job;
+  const Dense& result = job.writes.emplace_back(out);
+  job.reads.push_back(x.is_same(out) && !by.factor.defined() ? result : read(x, by));
+  const Dense& given = job.reads.back();
   check_overlap(given.memory(), result.memory(), 0, what);
   call.in = address(given);
   call.out = writable(result);
-  return {{call}, {given}, {result}, {out}, {}};
+  job.calls.push_back(call);
+  job.result.push_back(out);
+  return job;
 }
 
 }  // namespace

@@ -103,7 +103,6 @@ void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const 
 }
 
 void Dense::copy(const at::Tensor& to, const at::Tensor& from, const at::Tensor& factor) {
-  if (to.is_same(from)) return;
   const at::NoGradGuard no_grad;                     // the values are communicated, not computed
   const c10::InferenceMode mode(to.is_inference());  // the worker thread knows nothing of its caller's mode
   if (factor.defined()) {

@@ -42,19 +42,26 @@ void check_overlap(const at::Tensor& in, const at::Tensor& out, int rank, const 
 // part of the collective: it waits for its turn, since earlier ones may still write to the tensor.
 class Dense {
  public:
-  explicit Dense(const at::Tensor& t) : Dense(t, t.is_contiguous() ? t : at::empty(t.sizes(), t.options())) {}
+  explicit Dense(const at::Tensor& t) : tensor_(t) {
+    if (!t.is_contiguous()) memory_ = at::empty(t.sizes(), t.options());
+  }
   // `factor`, if defined: what load() multiplies by.
-  Dense(const at::Tensor& t, const at::Tensor& memory, const at::Tensor& factor = {})
-      : tensor_(t), memory_(memory), factor_(factor) {}
+  Dense(const at::Tensor& t, const at::Tensor& memory, const at::Tensor& factor = {}) : tensor_(t), factor_(factor) {
+    if (!memory.is_same(t)) memory_ = memory;
+  }
   const at::Tensor& tensor() const { return tensor_; }
-  const at::Tensor& memory() const { return memory_; }
-  bool is_copy() const { return !memory_.is_same(tensor_); }
-  void load() const { copy(memory_, tensor_, factor_); }
-  void store() const { copy(tensor_, memory_, {}); }
+  const at::Tensor& memory() const { return is_copy() ? memory_ : tensor_; }
+  bool is_copy() const { return memory_.defined(); }
+  void load() const {
+    if (is_copy()) copy(memory_, tensor_, factor_);
+  }
+  void store() const {
+    if (is_copy()) copy(tensor_, memory_, {});
+  }
 
  private:
   static void copy(const at::Tensor& to, const at::Tensor& from, const at::Tensor& factor);
-  at::Tensor tensor_, memory_, factor_;
+  at::Tensor tensor_, memory_, factor_;  // the last two, where there are any: references cost time
 };
 
 ReduceOp parse_op(const std::string& op);
