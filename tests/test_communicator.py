@@ -347,6 +347,41 @@ def test_large_broadcast_all_gather_and_reduce_scatter() -> None:
         reference.check(torch.cat(blocks), given, "sum", channels)
 
 
+def test_what_does_not_fit_into_the_caches() -> None:
+    """Such outputs are written past them; also at odd addresses, and in part."""
+    cache = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    kib = int(cache.read_text().strip().removesuffix("K")) if cache.exists() else 32 << 10
+    count = int(0.55 * kib * 2**10) // 8 * 2 + 1
+    given = [torch.arange(count, dtype=torch.float32) + r for r in range(2)]
+
+    def rank_main(comm: Communicator) -> None:
+        mine, other = given[comm.rank], given[1 - comm.rank]
+        out = torch.full((2 * count + 3,), -1.0)
+        for first in (0, 3):  # elements before it, which nobody touches
+            gathered = comm.all_gather(mine, out=out[first : first + 2 * count])
+            assert torch.equal(gathered, torch.cat(given))
+            exchanged = out[first : first + count]
+            splits = [1, count - 1] if comm.rank == 0 else [count - 1, 1]
+            received = comm.all_to_all(mine, out=exchanged, send_splits=splits, recv_splits=splits)
+            assert received is exchanged
+            begins = [0, 0] if comm.rank == 0 else [1, count - 1]
+            ends = [begins[0] + splits[0], begins[1] + splits[1]]
+            assert torch.equal(exchanged, torch.cat([g[b:e] for g, b, e in zip(given, begins, ends, strict=True)]))
+            x = exchanged.copy_(mine)
+            assert torch.equal(comm.broadcast(x, 1), given[1])
+            if comm.rank == 0:
+                comm.send(mine, 1)
+            else:
+                comm.recv(exchanged, 0)
+                assert torch.equal(exchanged, other)
+            assert torch.equal(comm.all_reduce(mine, out=exchanged), given[0] + given[1])
+            out.fill_(-1.0)
+            comm.all_gather(mine, out=out[first : first + 2 * count])
+            assert torch.all(out[:first] == -1.0) and torch.all(out[first + 2 * count :] == -1.0)
+
+    run_threads(rank_main, 2)
+
+
 def test_barrier_holds_everybody() -> None:
     arrived: list[int] = []
 
