@@ -1,6 +1,7 @@
 // What goes wrong, and what each rank is then told: mismatching calls, ranks that do not come or leave, aborts, queues.
 #include <atomic>
 #include <cstring>
+#include <future>
 
 #include "check.h"
 #include "core/layout.h"
