@@ -96,8 +96,15 @@ void PostOffice::look_for_losses() {
       fail(std::current_exception());
     }
   }
+  // Whether all are gone is part of the news: the last may have sent something since.
+  bool all_gone = static_cast<int>(gone.size()) == world_ - 1;
+  for (auto& [peer, fate] : gone) {
+    if (failed >= 0 || verdict_ || exhaust(peer)) continue;
+    all_gone = false;
+    fate = Watch::Fate::kHere;  // for now
+  }
   for (const auto& [peer, fate] : gone) {
-    if (failed < 0 && !verdict_ && exhaust(peer) && in_vain(peer, fate)) lose(peer, fate);
+    if (failed < 0 && !verdict_ && in_vain(peer, fate, all_gone)) lose(peer, fate);
   }
   if ((verdict_ || books_.open != open) && load_seq_cst(bell_.sleepers) != 0)
     ring(bell_);  // it concerns this rank's own
@@ -117,15 +124,11 @@ bool PostOffice::exhaust(int peer) {
   }
 }
 
-bool PostOffice::in_vain(int peer, Watch::Fate fate) const {
+bool PostOffice::in_vain(int peer, Watch::Fate fate, bool all_gone) const {
+  if (fate == Watch::Fate::kHere) return false;
   const Lanes& l = *lanes_[peer];
   if (l.out.busy() || l.in.needs_peer() || matching_.wanted_by_name(peer)) return true;
-  if (!matching_.from_any()) return false;
-  if (fate == Watch::Fate::kDead) return true;
-  for (int r = 0; r < world_; ++r) {
-    if (r != rank_ && watch_.fate(r) == Watch::Fate::kHere) return false;
-  }
-  return true;
+  return matching_.from_any() && (fate == Watch::Fate::kDead || all_gone);
 }
 
 // Ends the communicator. One that is being closed goes on with its messages to others.

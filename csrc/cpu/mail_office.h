@@ -64,7 +64,7 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
   void fail(const std::exception_ptr& failure);
   void look_for_losses();
   bool exhaust(int peer);
-  bool in_vain(int peer, Watch::Fate fate) const;
+  bool in_vain(int peer, Watch::Fate fate, bool all_gone) const;
   void lose(int peer, Watch::Fate fate);
   bool no_sends_are_left();
 

@@ -236,6 +236,22 @@ void who_waits_for_a_rank_that_leaves_is_told() {
   }
 }
 
+// The others have left long ago; the last one sends and leaves while this rank finds out about them.
+void what_the_last_to_leave_has_sent_is_received() {
+  constexpr int kWorld = 8;
+  for (int i = 0; i < 100; ++i) {
+    no_errors(run_ranks(kWorld, small_config(), kLong, [i](Communicator& comm) {
+      if (comm.rank() == 0) return receive(comm, kAnySource, 10);
+      if (comm.rank() < kWorld - 1) return;
+      for (int r = 1; r < kWorld - 1; ++r) {
+        while (!has_left(comm, r)) std::this_thread::yield();
+      }
+      std::this_thread::sleep_for(std::chrono::microseconds(i * 211 % 20000));  // a rank that waits looks every 20 ms
+      send(comm, 0, 10);
+    }));
+  }
+}
+
 // ---- ranks that fail ----
 
 // A GPU that has nothing left to move in a message's memory when that is given back.
@@ -574,6 +590,7 @@ int main() {
   a_shorter_wait_leaves_the_request_as_it_is();
   what_a_rank_sent_before_it_left_still_counts();
   who_waits_for_a_rank_that_leaves_is_told();
+  what_the_last_to_leave_has_sent_is_received();
   an_abort_ends_every_wait();
   a_failed_collective_ends_messages_too();
   interrupts();
