@@ -235,7 +235,9 @@ def test_zero_redundancy_optimizer(ranks: Ranks, options: dict[str, Any]) -> Non
 
 def _zero_overlapped(rank: Rank, interleaved: bool, static_graph: bool) -> None:
     """The optimizer steps in the gradients' callbacks, broadcasts there, and waits. torch refuses it over Gloo."""
-    model = ddp(rank, static_graph=static_graph)
+    # Interleaved, it broadcasts when a bucket is there, which is sooner or later than the next one's all-reduce.
+    buckets = {"bucket_cap_mb": 25} if interleaved else {}
+    model = ddp(rank, static_graph=static_graph, **buckets)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
     make = ddp_zero_hook.hook_with_zero_step_interleaved if interleaved else ddp_zero_hook.hook_with_zero_step
     model.register_comm_hook(None, make(default_hooks.allreduce_hook, model, optimizer))

@@ -18,7 +18,6 @@ from distributed.side_by_side import Ranks
 from pycoll.testing import Rank
 
 pytestmark = pytest.mark.timeout(120)
-COMPILERS = ("eager", "aot_eager")
 
 
 def values(seed: int, *shape: int) -> Tensor:
@@ -120,7 +119,7 @@ def test_gradients(ranks: Ranks, compiler: str | None) -> None:
 # torch.compile
 
 
-def _compiled(rank: Rank, compiler: str) -> dict[str, Any]:
+def _compiled(rank: Rank) -> dict[str, Any]:
     x = values(rank.rank, 4 * rank.world_size, 8)
     results: dict[str, Any] = {}
     for name, call in calls(rank).items():
@@ -130,13 +129,12 @@ def _compiled(rank: Rank, compiler: str) -> dict[str, Any]:
             return [part + 1 for part in (y if isinstance(y, list) else [y])]
 
         torch._dynamo.reset()
-        results[name] = torch.compile(step, fullgraph=True, backend=compiler)(x)
+        results[name] = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     return results
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_compiled(ranks: Ranks, compiler: str) -> None:
-    ranks.compare(_compiled, compiler)
+def test_compiled(ranks: Ranks) -> None:
+    ranks.compare(_compiled)
 
 
 def in_place(x: Tensor, world: int) -> list[Tensor]:
@@ -213,7 +211,8 @@ def _sharded(rank: Rank, compiler: str) -> list[Tensor]:
 
 
 def _redistributed(rank: Rank, compiler: str) -> list[Tensor]:
-    mesh = init_device_mesh("cpu", (rank.world_size,))
+    # A name for each backend: torch remembers how to redistribute by the mesh, and with it the group, which may be gone.
+    mesh = init_device_mesh("cpu", (rank.world_size,), mesh_dim_names=(dist.get_backend(),))
 
     def step(x: Tensor) -> Tensor:
         return (x * 2).redistribute(placements=[Shard(1)]).redistribute(placements=[Replicate()]).to_local() + 1
