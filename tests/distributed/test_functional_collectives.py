@@ -79,8 +79,8 @@ def _eager(rank: Rank) -> dict[str, Any]:
     return results
 
 
-def test_eager(ranks: Ranks) -> None:
-    ranks.compare(_eager)
+def test_eager(one_or_more: Ranks) -> None:
+    one_or_more.compare(_eager)
 
 
 def with_gradients(rank: Rank) -> dict[str, Call]:
@@ -211,7 +211,7 @@ def _sharded(rank: Rank, compiler: str) -> list[Tensor]:
 
 
 def _redistributed(rank: Rank, compiler: str) -> list[Tensor]:
-    # A name for each backend: torch remembers how to redistribute by the mesh, and with it the group, which may be gone.
+    # A name for each backend: torch remembers by the mesh how to redistribute, and over which group, which may be gone.
     mesh = init_device_mesh("cpu", (rank.world_size,), mesh_dim_names=(dist.get_backend(),))
 
     def step(x: Tensor) -> Tensor:
@@ -231,8 +231,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_are_compiled(ranks: Ranks, name: str) -> None:
-    ranks.compare(MODELS[name], "aot_eager")
+def test_models_are_compiled(two_ranks: Ranks, name: str) -> None:
+    two_ranks.compare(MODELS[name], "aot_eager")
 
 
 def _inductor(rank: Rank) -> dict[str, Any]:
