@@ -311,8 +311,8 @@ def _saved_and_loaded(rank: Rank, asynchronous: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("asynchronous", (False, True))
-def test_checkpoint(one_or_more: Ranks, asynchronous: bool) -> None:
-    one_or_more.compare(_saved_and_loaded, asynchronous)
+def test_checkpoint(ranks: Ranks, asynchronous: bool) -> None:
+    ranks.compare(_saved_and_loaded, asynchronous)
 
 
 def _resharded(rank: Rank) -> dict[str, Any]:
