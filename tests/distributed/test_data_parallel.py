@@ -101,8 +101,8 @@ def _options(rank: Rank, options: dict[str, Any]) -> dict[str, Any]:
     ),
     ids=lambda options: " ".join(options) or "plain",
 )
-def test_options(one_or_more: Ranks, options: dict[str, Any]) -> None:
-    one_or_more.compare(_options, options)
+def test_options(ranks: Ranks, options: dict[str, Any]) -> None:
+    ranks.compare(_options, options)
 
 
 def _unused(rank: Rank, view: bool) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def _unused(rank: Rank, view: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("view", (False, True))
-def test_layers_that_some_ranks_do_not_use(ranks: Ranks, view: bool) -> None:
-    ranks.compare(_unused, view)
+def test_layers_that_some_ranks_do_not_use(two_ranks: Ranks, view: bool) -> None:
+    two_ranks.compare(_unused, view)
 
 
 def _no_sync(rank: Rank, options: dict[str, Any]) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def _no_sync(rank: Rank, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", ({}, {"gradient_as_bucket_view": True}), ids=("copied", "views"))
-def test_no_sync(ranks: Ranks, options: dict[str, Any]) -> None:
-    ranks.compare(_no_sync, options)
+def test_no_sync(two_ranks: Ranks, options: dict[str, Any]) -> None:
+    two_ranks.compare(_no_sync, options)
 
 
 def _join(rank: Rank, divide_by_initial_world_size: bool) -> dict[str, Any]:
@@ -229,8 +229,8 @@ def _zero(rank: Rank, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", ({}, {"parameters_as_bucket_view": True}), ids=("plain", "views"))
-def test_zero_redundancy_optimizer(one_or_more: Ranks, options: dict[str, Any]) -> None:
-    one_or_more.compare(_zero, options)
+def test_zero_redundancy_optimizer(ranks: Ranks, options: dict[str, Any]) -> None:
+    ranks.compare(_zero, options)
 
 
 def _zero_overlapped(rank: Rank, interleaved: bool, static_graph: bool) -> None:
@@ -257,8 +257,8 @@ def _zero_overlapped(rank: Rank, interleaved: bool, static_graph: bool) -> None:
 
 @pytest.mark.parametrize("interleaved", (False, True), ids=("after", "interleaved"))
 @pytest.mark.parametrize("static_graph", (False, True), ids=("", "static graph"))
-def test_zero_redundancy_optimizer_overlaps(ranks: Ranks, interleaved: bool, static_graph: bool) -> None:
-    ranks.run(_zero_overlapped, interleaved, static_graph)
+def test_zero_redundancy_optimizer_overlaps(two_ranks: Ranks, interleaved: bool, static_graph: bool) -> None:
+    two_ranks.run(_zero_overlapped, interleaved, static_graph)
 
 
 def _zero_groups(rank: Rank) -> dict[str, Any]:

@@ -165,8 +165,8 @@ def _in_place(rank: Rank, compiler: str) -> list[Tensor]:
     return compiled
 
 
-def test_calls_of_torch_distributed_are_compiled(ranks: Ranks) -> None:
-    ranks.compare(_in_place, "aot_eager")
+def test_calls_of_torch_distributed_are_compiled(two_ranks: Ranks) -> None:
+    two_ranks.compare(_in_place, "aot_eager")
 
 
 class Net(nn.Module):

@@ -173,13 +173,13 @@ def _fsdp2(rank: Rank, options: dict[str, Any]) -> dict[str, Any]:
     ({}, {"reshard_after_forward": False}, {"reshard_after_forward": 1}),
     ids=("plain", "kept whole", "reshard to 1"),
 )
-def test_fsdp2(one_or_more: Ranks, options: dict[str, Any]) -> None:
-    one_or_more.compare(_fsdp2, options)
+def test_fsdp2(ranks: Ranks, options: dict[str, Any]) -> None:
+    ranks.compare(_fsdp2, options)
 
 
-def test_fsdp2_in_bfloat16(ranks: Ranks) -> None:
+def test_fsdp2_in_bfloat16(four_ranks: Ranks) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, cast_forward_inputs=True)
-    ranks.compare(_fsdp2, {"mp_policy": policy}, tolerance=HALF)
+    four_ranks.compare(_fsdp2, {"mp_policy": policy}, tolerance=HALF)
 
 
 def _accumulated(rank: Rank) -> dict[str, Any]:
@@ -329,8 +329,8 @@ def _resharded(rank: Rank) -> dict[str, Any]:
     return {"columns": columns.to_local(), "files": sorted(path.name for path in Path(folder).iterdir())}
 
 
-def test_checkpoint_is_loaded_otherwise_than_it_was_saved(ranks: Ranks) -> None:
-    ranks.compare(_resharded)
+def test_checkpoint_is_loaded_otherwise_than_it_was_saved(four_ranks: Ranks) -> None:
+    four_ranks.compare(_resharded)
 
 
 def _whole_state(rank: Rank) -> dict[str, Any]:
