@@ -15,9 +15,15 @@ def _ranks() -> Iterator[dict[int, Ranks]]:
         each.close()
 
 
-@pytest.fixture(params=WORLD_SIZES, ids="{} ranks".format)
+@pytest.fixture(params=WORLD_SIZES[1:], ids="{} ranks".format)
 def ranks(request: pytest.FixtureRequest, _ranks: dict[int, Ranks]) -> Ranks:
-    """Of every world size in turn."""
+    """Of every world size above 1 in turn."""
+    return _ranks[request.param]
+
+
+@pytest.fixture(params=WORLD_SIZES, ids="{} ranks".format)
+def one_or_more(request: pytest.FixtureRequest, _ranks: dict[int, Ranks]) -> Ranks:
+    """Of every world size in turn: where a world of one is a case of its own."""
     return _ranks[request.param]
 
 

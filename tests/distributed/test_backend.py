@@ -8,6 +8,7 @@ import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import pycoll
+from pycoll.backend import create
 from pycoll.testing import Processes, Rank
 
 pytestmark = pytest.mark.timeout(90)
@@ -216,6 +218,41 @@ def _groups(rank: Rank) -> None:
 
 def test_groups_in_flight_together() -> None:
     run(_groups, 3)
+
+
+def test_ranks_of_a_group_are_threads() -> None:
+    """torch.distributed has one default group a process; the backend itself does not mind."""
+    store, world, failures = dist.HashStore(), 3, []
+
+    def rank_main(rank: int) -> None:
+        options = SimpleNamespace(
+            store=store,
+            group_rank=rank,
+            group_size=world,
+            group_id="threads",
+            timeout=timedelta(seconds=30),
+            global_ranks_in_group=[],
+        )
+        try:
+            backend = create(options, None)
+            x = torch.full((1000,), rank + 1.0)
+            backend.allreduce([x]).wait()
+            assert x[0].item() == sum(range(world + 1))
+            blocks = [torch.empty(5) for _ in range(world)]
+            backend.allgather([blocks], [torch.full((5,), float(rank))]).wait()
+            assert [block[0].item() for block in blocks] == [0.0, 1.0, 2.0]
+            backend.barrier().wait()
+            backend.shutdown()
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _many_groups(rank: Rank) -> None:

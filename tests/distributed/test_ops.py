@@ -222,7 +222,6 @@ CASES: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     (_eager, ()),
     (_no_derivative, ()),
     (_dynamic_shapes, ()),
-    (_compiled, ("eager",)),
     (_compiled, ("aot_eager",)),
     (_kept, ("aot_eager", ROOT)),
     (_trains, ("aot_eager",)),
