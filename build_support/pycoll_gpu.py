@@ -190,7 +190,9 @@ def _run_one(step: Step, environ: Mapping[str, str], limit: float) -> str | None
     mark = f"{MARK}={secrets.token_hex(8)}"
     name, _, value = mark.partition("=")
     try:
-        process = subprocess.Popen(step.command, env={**environ, name: value}, start_new_session=True)
+        process = subprocess.Popen(
+            step.command, env={**environ, name: value}, start_new_session=True, preexec_fn=_heed_interrupts
+        )
     except OSError as error:
         return f"could not be started ({error})"
     try:
@@ -206,6 +208,11 @@ def _run_one(step: Step, environ: Mapping[str, str], limit: float) -> str | None
         process.wait()
         _end_marked(mark)
     return None if status == 0 else f"failed with status {status}"
+
+
+def _heed_interrupts() -> None:
+    """What is started in the background by a shell ignores them, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_marked(mark: str) -> None:
