@@ -55,22 +55,23 @@ class Attach {
     // A store may still hold keys of an earlier communicator of the same name: count them.
     prefix_ = std::to_string(store_.add("count/" + std::to_string(rank_), 1)) + "/";
     listen_and_greet();
-    const std::vector<Hello> hellos = read_hellos();
     auto result = std::make_shared<Attachment>();
     result->origin = Instant::now();
-    std::string said = kReachedAll;
-    std::exception_ptr failure;
     try {
+      const std::vector<Hello> hellos = read_hellos();
       settle(hellos, *result);
-      push_to_all(hellos);
+      push_to_all(hellos, *result);
     } catch (const Error& e) {
-      failure = std::current_exception();
-      said = static_cast<char>('0' + static_cast<int>(e.kind)) + std::to_string(e.rank) + " " + e.what();
+      say_failed(e.kind, e.rank, e.what());
+      throw;
+    } catch (const std::exception& e) {
+      say_failed(ErrorKind::kError, rank_,
+                 "pycoll: rank " + std::to_string(rank_) + " failed while the ranks met: " + e.what());
+      throw;
     }
-    store_.set(key("reached", rank_), said);
-    if (failure) std::rethrow_exception(failure);
+    store_.set(key("reached", rank_), kReachedAll);
     try {
-      hear_others();
+      hear_others(*result);
       take_in(*result);
     } catch (...) {  // the others, who count on this rank by now, find that it has left
       store_release(reinterpret_cast<Control*>(result->segments[rank_].data())->departed, uint32_t{1});
@@ -96,8 +97,13 @@ class Attach {
     store_.set(key("hello", rank_), to_bytes(mine_));
   }
 
-  // Every value of `what`, as soon as all ranks have set theirs.
-  std::vector<std::string> await_all(const char* what) {
+  void say_failed(ErrorKind kind, int rank, const std::string& text) {
+    store_.set(key("reached", rank_),
+               static_cast<char>('0' + static_cast<int>(kind)) + std::to_string(rank) + " " + text);
+  }
+
+  // Every value of `what`, as soon as all ranks have set theirs. `meanwhile` is called now and then.
+  std::vector<std::string> await_all(const char* what, const std::function<void()>& meanwhile) {
     auto pause = std::chrono::microseconds(200);
     std::vector<std::string> values(world_);
     for (int r = 0; r < world_;) {
@@ -108,6 +114,7 @@ class Attach {
       }
       if (Clock::now() > deadline_) throw missing(what);
       interrupt_();
+      meanwhile();
       std::this_thread::sleep_for(pause);
       pause = std::min(pause * 3 / 2, std::chrono::microseconds(20000));
     }
@@ -129,7 +136,7 @@ class Attach {
 
   std::vector<Hello> read_hellos() {
     std::vector<Hello> hellos;
-    for (const std::string& bytes : await_all("hello")) {
+    for (const std::string& bytes : await_all("hello", [] {})) {
       hellos.push_back(from_bytes<Hello>(bytes));
       if (hellos.back().protocol != kProtocol) {
         throw Error(ErrorKind::kError, "pycoll: ranks run different versions of pycoll");
@@ -172,17 +179,31 @@ class Attach {
     prefault(a.segments[rank_].data(), a.geometry.scratch_bytes());
     reinterpret_cast<Control*>(a.segments[rank_].data())->pid = static_cast<uint32_t>(getpid());
     liveness_fd_ = a.keeper->page_fd();
+    a.liveness.resize(world_);
   }
 
-  void push_to_all(const std::vector<Hello>& hellos) {
-    std::vector<int> gone, unreached;
+  // All ranks take in what has come while they push: there is room for few descriptors under way at a time.
+  void push_to_all(const std::vector<Hello>& hellos, Attachment& a) {
+    using Sent = DescriptorBox::Sent;
     const int descriptors[] = {segment_.get(), liveness_fd_};
+    std::vector<int> gone, unreached, left;
     for (int r = 0; r < world_; ++r) {
-      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
-      const auto patience = std::max(left, std::chrono::milliseconds(1000));
-      if (r == rank_ || DescriptorBox::send(hellos[r].token, rank_, 0, descriptors, patience)) continue;
-      // Where its socket would be within reach it has gone.
-      (mine_.place != 0 && hellos[r].place == mine_.place ? gone : unreached).push_back(r);
+      if (r != rank_) left.push_back(r);
+    }
+    while (!left.empty()) {
+      std::vector<int> later;
+      for (const int r : left) {
+        const Sent sent = DescriptorBox::send(hellos[r].token, rank_, 0, descriptors);
+        if (sent == Sent::kYes) continue;
+        // Where its socket would be within reach it has gone.
+        const bool near = mine_.place != 0 && hellos[r].place == mine_.place;
+        (sent == Sent::kNoRoom ? later : sent == Sent::kNoSuchBox && near ? gone : unreached).push_back(r);
+      }
+      left = later;
+      if (left.empty()) break;
+      if (Clock::now() > deadline_) throw no_room(left);
+      interrupt_();
+      take_what_came(a, std::chrono::milliseconds(5));
     }
     if (!gone.empty()) throw_lost(gone);
     if (unreached.empty()) return;
@@ -190,6 +211,13 @@ class Attach {
                 "pycoll: rank " + std::to_string(rank_) + " shares no memory with " + list(unreached) +
                     ": all ranks must run on one machine, in one network namespace and as one user",
                 unreached.front());
+  }
+
+  Error no_room(const std::vector<int>& ranks) const {
+    return Error(ErrorKind::kTimeout,
+                 "pycoll: rank " + std::to_string(rank_) + " could not hand its memory to " + list(ranks) +
+                     " in time: too many file descriptors of this user are under way. Raise the limit of open files",
+                 ranks.front());
   }
 
   // Whoever gives up says why before its socket goes; the others have died.
@@ -214,34 +242,40 @@ class Attach {
     throw Error(static_cast<ErrorKind>(said.at(0) - '0'), said.substr(space + 1), std::stoi(said.substr(1)));
   }
 
-  void hear_others() {
-    for (const std::string& said : await_all("reached")) throw_if_failed(said);
+  void hear_others(Attachment& a) {
+    const auto said = await_all("reached", [&] { take_what_came(a, std::chrono::milliseconds(0)); });
+    for (const std::string& each : said) throw_if_failed(each);
   }
 
   // All peers have said that their pushes lie in this rank's socket.
   void take_in(Attachment& a) {
-    a.liveness.resize(world_);
-    for (int missing = world_ - 1; missing > 0;) {
-      if (std::optional<Delivery> delivery = box_.take(std::chrono::milliseconds(20))) {
-        missing -= map(*delivery, a);
-      } else if (Clock::now() > deadline_) {
-        throw Error(ErrorKind::kTimeout, "pycoll: a peer's segment did not arrive in time");
-      } else {
-        interrupt_();
-      }
+    while (mapped_ < world_ - 1) {
+      if (take_what_came(a, std::chrono::milliseconds(20))) continue;
+      if (Clock::now() > deadline_) throw Error(ErrorKind::kTimeout, "pycoll: a peer's segment did not arrive in time");
+      interrupt_();
     }
     for (const Mapping& m : a.segments) a.base.push_back(m.data());
   }
 
-  int map(const Delivery& delivery, Attachment& a) {
+  // False: nothing has, within `patience`.
+  bool take_what_came(Attachment& a, std::chrono::milliseconds patience) {
+    bool any = false;
+    while (const std::optional<Delivery> delivery = box_.take(any ? std::chrono::milliseconds(0) : patience)) {
+      any = true;
+      map(*delivery, a);
+    }
+    return any;
+  }
+
+  void map(const Delivery& delivery, Attachment& a) {
     const int r = delivery.sender;
     const bool expected =
         delivery.descriptors.size() == 2 && r >= 0 && r < world_ && r != rank_ && a.segments[r].data() == nullptr;
-    if (!expected) return 0;
+    if (!expected) return;
     a.segments[r] = Mapping(delivery.descriptors[0].get(), a.geometry.segment_bytes());
     prefault(a.segments[r].data(), a.geometry.scratch_bytes());
     a.liveness[r] = PeerLiveness(delivery.descriptors[1]);
-    return 1;
+    ++mapped_;
   }
 
   Store& store_;
@@ -254,6 +288,7 @@ class Attach {
   DescriptorBox box_{world_};
   Fd segment_;
   int liveness_fd_ = -1;
+  int mapped_ = 0;  // segments of peers
 };
 
 }  // namespace

@@ -18,8 +18,9 @@ InOut all_to_all_elements(const Call& call, int world) {
 std::span<const std::byte> too_large_to_cache(const Call& call, int world) {
   const InOut elements = elements_of(call, world);
   const size_t in = elements.in * size_of(call.dtype), out = elements.out * size_of(call.dtype);
-  const bool read_first = call.in == call.out && call.collective != Collective::kBroadcast;
-  if (read_first || std::max(in, out) * static_cast<size_t>(world) <= last_level_cache()) return {};
+  const bool read_first = call.in == call.out && in == out && call.collective != Collective::kBroadcast;
+  if (read_first || call.out == nullptr || std::max(in, out) * static_cast<size_t>(world) <= last_level_cache())
+    return {};
   return {static_cast<const std::byte*>(call.out), out};
 }
 

@@ -230,8 +230,12 @@ struct Communicator::Impl {
   }
   void give_up(const std::string& why) { fail(Error(ErrorKind::kError, why, rank())); }
   void fail(const Error& error) {
-    const std::lock_guard user(mapped);
-    if (attachment) (void)watch.fail(error);
+    std::shared_ptr<Attachment> stays;  // not the lock: what is done of a failure may take long
+    {
+      const std::lock_guard user(mapped);
+      stays = attachment;
+    }
+    if (stays) (void)watch.fail(error);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstring>
 
 #include "cpu/error.h"
@@ -48,6 +49,23 @@ sockaddr_un address_of(const std::string& token, socklen_t& length) {
 
 timeval to_timeval(std::chrono::milliseconds time) { return {time.count() / 1000, time.count() % 1000 * 1000}; }
 
+DescriptorBox::Sent why_not(int error) {
+  switch (error) {
+    case EAGAIN:
+    case ETOOMANYREFS:
+    case ENOBUFS:
+    case ENOMEM:
+    case EINTR:
+      return DescriptorBox::Sent::kNoRoom;
+    case ECONNREFUSED:
+    case ECONNRESET:
+    case EPIPE:
+      return DescriptorBox::Sent::kNoSuchBox;
+    default:
+      return DescriptorBox::Sent::kNo;
+  }
+}
+
 }  // namespace
 
 DescriptorBox::DescriptorBox(int backlog)
@@ -60,17 +78,13 @@ DescriptorBox::DescriptorBox(int backlog)
   }
 }
 
-bool DescriptorBox::send(const std::string& token, int sender, uint64_t tag, std::span<const int> descriptors,
-                         std::chrono::milliseconds patience) {
-  const int blocking = patience.count() > 0 ? 0 : SOCK_NONBLOCK;
-  const Fd s(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | blocking, 0));
+DescriptorBox::Sent DescriptorBox::send(const std::string& token, int sender, uint64_t tag,
+                                        std::span<const int> descriptors) {
+  const Fd s(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!s) throw_errno("opening a local socket failed");
-  // A full queue makes connect wait for the listener; it must not do so for ever.
-  const timeval longest = to_timeval(patience);
-  setsockopt(s.get(), SOL_SOCKET, SO_SNDTIMEO, &longest, sizeof(longest));
   socklen_t length = 0;
   const sockaddr_un address = address_of(token, length);
-  if (connect(s.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) return false;
+  if (connect(s.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) return why_not(errno);
   Parcel parcel;
   std::memcpy(parcel.label.token, token.c_str(), kTokenBytes);
   parcel.label.sender = sender;
@@ -81,7 +95,7 @@ bool DescriptorBox::send(const std::string& token, int sender, uint64_t tag, std
   rights->cmsg_type = SCM_RIGHTS;
   rights->cmsg_len = CMSG_LEN(descriptors.size_bytes());
   std::memcpy(CMSG_DATA(rights), descriptors.data(), descriptors.size_bytes());
-  return sendmsg(s.get(), &parcel.header, MSG_NOSIGNAL) == sizeof(Label);
+  return sendmsg(s.get(), &parcel.header, MSG_NOSIGNAL) == sizeof(Label) ? Sent::kYes : why_not(errno);
 }
 
 std::optional<Delivery> DescriptorBox::take(std::chrono::milliseconds patience) {

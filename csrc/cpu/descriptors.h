@@ -25,10 +25,10 @@ class DescriptorBox {
   explicit DescriptorBox(int backlog);
   const std::string& token() const { return token_; }  // names the box, and proves that a sender was told of it
 
-  // Needs no answer: the box's queue keeps it. False: there is no such box, or no room in its queue within `patience`
-  // (0: now).
-  static bool send(const std::string& token, int sender, uint64_t tag, std::span<const int> descriptors,
-                   std::chrono::milliseconds patience);
+  // kNoRoom: later there may be; a user may have about as many descriptors under way as a process may have open.
+  enum class Sent { kYes, kNoRoom, kNoSuchBox, kNo };
+  // Needs no answer: the box's queue keeps it. Never waits.
+  static Sent send(const std::string& token, int sender, uint64_t tag, std::span<const int> descriptors);
 
   // The next delivery of a process of this user, if one has come within `patience`.
   std::optional<Delivery> take(std::chrono::milliseconds patience);

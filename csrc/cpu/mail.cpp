@@ -103,6 +103,8 @@ void PostOffice::look_for_losses() {
     all_gone = false;
     fate = Watch::Fate::kHere;  // for now
   }
+  // Who has died is to be blamed before who has left.
+  std::stable_partition(gone.begin(), gone.end(), [](const auto& g) { return g.second == Watch::Fate::kDead; });
   for (const auto& [peer, fate] : gone) {
     if (failed < 0 && !verdict_ && in_vain(peer, fate, all_gone)) lose(peer, fate);
   }

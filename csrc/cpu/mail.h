@@ -56,7 +56,8 @@ class Request {
 class Mail {
  public:
   // Called once, when the request has ended: by the thread that starts it if it ends at once, else by the postman (maybe
-  // while wait() returns already) or by who waits for it. In the postman collectives are an error there, close() is an abort, and whoever blocks there holds up the others'.
+  // while wait() returns already) or by who waits for it. In the postman collectives are an error there, close() is an
+  // abort, and whoever blocks there holds up the others'.
   using Done = std::function<void(std::exception_ptr failure)>;
 
   explicit Mail(std::shared_ptr<PostOffice> office) : office_(std::move(office)) {}

@@ -192,7 +192,14 @@ void PostOffice::advance(int peer, Step& step) {
 
 // Tells the others, unless they know. What ends this rank's requests is its first failure, be it this one or not.
 void PostOffice::fail(const std::exception_ptr& failure) {
-  if (failure) (void)watch_.fail(failure, "in a message");
+  try {
+    if (failure) std::rethrow_exception(failure);
+  } catch (const Error& e) {
+    (void)watch_.fail(e);
+  } catch (const std::exception& e) {
+    const std::string why = "pycoll: a message of rank " + std::to_string(rank_) + " failed: " + e.what();
+    (void)watch_.fail(Error(ErrorKind::kError, why, rank_));
+  }
   try {
     watch_.throw_if_failed();
   } catch (...) {

@@ -31,13 +31,12 @@ bool Queue::inside(const void* queue) {
   return false;
 }
 
-bool Queue::serves(const void* queue) {
-  return inside(queue) || (here != nullptr && &static_cast<Worker*>(here)->queue == queue);
-}
+bool Queue::is_worker() const { return here != nullptr && &static_cast<Worker*>(here)->queue == this; }
+bool Queue::serves(const Queue* queue) { return inside(queue) || queue->is_worker(); }
 
 bool Queue::begin() {
   const std::lock_guard guard(lock_);
-  if (busy_ || !jobs_.empty() || ending_) return false;
+  if (busy_ || !jobs_.empty() || (ending_ && !is_worker())) return false;
   return busy_ = true;
 }
 
@@ -79,7 +78,7 @@ void Queue::run_queued(std::function<void(bool)> call, const std::function<void(
 
 void Queue::enqueue(std::function<void(bool)> call, Done done) {
   const std::lock_guard guard(lock_);
-  if (ending_) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
+  if (ending_ && !is_worker()) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
   need_worker();  // first, since it may fail
   jobs_.push_back({std::move(call), std::move(done)});
   changed_.notify_all();
@@ -87,6 +86,11 @@ void Queue::enqueue(std::function<void(bool)> call, Done done) {
 
 void Queue::need_worker() {
   if (running_ > away_) return;
+  std::erase_if(workers_, [&](std::thread& worker) {
+    if (std::erase(spare_, worker.get_id()) == 0) return false;
+    worker.join();  // it has nothing left to do
+    return true;
+  });
   const SignalsBlocked no_signals;
   workers_.emplace_back(&Queue::work, this);
   ++running_;
@@ -136,10 +140,11 @@ void Queue::work() {
     me.over = false;
     if (!std::exchange(me.away, false)) {
       busy_ = false;
-    } else {
-      --away_;
+      changed_.notify_all();
+    } else if (--away_; jobs_.empty() && running_ - away_ > 1) {  // another one is there for what comes
+      spare_.push_back(std::this_thread::get_id());
+      break;
     }
-    changed_.notify_all();
   }
   --running_;
   changed_.notify_all();

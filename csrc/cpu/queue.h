@@ -45,14 +45,14 @@ class Queue {
   // here on this thread may make calls and wait for them, but not stop the queue. Does nothing elsewhere.
   static void hand_on();
 
-  // Runs what is queued, then ends the worker. `interrupt` is called about every 20 ms; it must not throw.
+  // Runs what is queued, also by a `done`, then ends the workers. `interrupt` is called about every 20 ms; it must not throw.
   void stop(const std::function<void()>& interrupt);
 
   // Whether this thread is inside a call of `queue` (compared, not looked into): a signal handler that runs in a wait,
   // or `done` before hand_on(). It must neither run, nor stop, nor wait for a later call.
   static bool inside(const void* queue);
   // Whether it is inside one, or is one of the workers, which end with the queue.
-  static bool serves(const void* queue);
+  static bool serves(const Queue* queue);
 
   struct Inside {  // while it lives, this thread is inside a call, or something as good as one; innermost first
     explicit Inside(const void* q);
@@ -70,7 +70,8 @@ class Queue {
   bool begin();  // whether the caller may run its call itself; if so it must call end()
   void end();
   void run_queued(std::function<void(bool)> call, const std::function<void()>& interrupt);
-  void need_worker();  // one that is not away; with the lock
+  void need_worker();      // one that is not away; with the lock
+  bool is_worker() const;  // this thread
   void work();
   struct Worker;
 
@@ -79,8 +80,9 @@ class Queue {
   std::deque<Job> jobs_;
   bool busy_ = false;  // some thread runs a call
   bool ending_ = false;
-  size_t running_ = 0, away_ = 0;     // workers: not ended; in a `done` that has handed on
-  std::vector<std::thread> workers_;  // all that were started: one more than ever were away at once
+  size_t running_ = 0, away_ = 0;       // workers: not ended; in a `done` that has handed on
+  std::vector<std::thread> workers_;    // all that have not been joined
+  std::vector<std::thread::id> spare_;  // of them: those that have ended before the queue
 };
 
 }  // namespace pycoll::cpu

@@ -19,7 +19,7 @@ class Tracer {
   Tracer(const Attachment& attachment, const Watch& watch, std::string group);
 
   // As JSON (pycoll/trace/dump.py reads it): who asks, how it failed if it did, and of every rank, as this one sees it in
-  // shared memory, what has become of it and its last calls, messages and launches. At most a few hundred KiB. Any thread
+  // shared memory, what has become of it and its last calls, messages and launches. At most a few MiB, at 256 entries a rank some 100 KiB each. Any thread
   // may ask, also while calls hang.
   std::string trace() const;
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -142,7 +142,11 @@ Error Watch::fail(const Error& error) const {
   }
   c.kind = static_cast<int32_t>(error.kind);
   c.culprit = error.rank;
-  std::snprintf(c.text, sizeof(c.text), "%s", error.what());
+  const std::string text = error.what();
+  size_t end = std::min(text.size(), sizeof(c.text) - 1);
+  while (end > 0 && end < text.size() && (text[end] & 0xc0) == 0x80) --end;  // no part of a UTF-8 character
+  std::memcpy(c.text, text.data(), end);
+  c.text[end] = '\0';
   exchange_seq_cst(c.failed, uint32_t{2});  // before anything the caller does to its tensors after the error
   if (on_failure_) on_failure_(error);
   return error;

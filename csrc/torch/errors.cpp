@@ -2,6 +2,8 @@
 
 #include <torch/extension.h>
 
+#include <cstring>
+
 namespace pycoll::bindings {
 
 namespace {
@@ -14,7 +16,9 @@ PyObject* error_class(ErrorKind kind) {
 
 void raise(ErrorKind kind, const char* what, int rank) {
   const py::object type = py::reinterpret_steal<py::object>(error_class(kind));
-  const py::object error = type(what);
+  const auto text = py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(what, static_cast<Py_ssize_t>(std::strlen(what)), "replace"));
+  const py::object error = type(text);
   if (rank >= 0) error.attr("rank") = rank;
   PyErr_SetObject(type.ptr(), error.ptr());
 }

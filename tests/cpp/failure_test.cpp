@@ -1,4 +1,8 @@
 // What goes wrong, and what each rank is then told: mismatching calls, ranks that do not come or leave, aborts, queues.
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
 #include <future>
@@ -268,6 +272,27 @@ void what_comes_after_a_call_may_wait_for_later_ones() {
   for (const std::string& e : errors) CHECK_EQ(e, std::string());
 }
 
+// Ranks get to close() before or after their callbacks get to their calls.
+void what_callbacks_call_is_done_before_the_end() {
+  for (int i = 0; i < 20; ++i) {
+    std::atomic<int> right{0};
+    const auto errors = run_ranks(2, small_config(), Milliseconds(20000), [&](Communicator& comm) {
+      auto x = std::make_shared<std::vector<float>>(100, 1.0f);
+      comm.enqueue(once(all_reduce(*x)), [x, &comm, &right, i](std::exception_ptr failure) {
+        CHECK(!failure);
+        Communicator::hand_on();
+        if (comm.rank() == i % 2) std::this_thread::sleep_for(Milliseconds(2));
+        comm.run(all_reduce(*x));
+        comm.enqueue(once(all_reduce(*x)),
+                     [x, &right](std::exception_ptr later) { right += !later && (*x)[99] == 8.0f; });
+      });
+      comm.close();
+    });
+    for (const std::string& e : errors) CHECK_EQ(e, std::string());
+    CHECK_EQ(right, 2);
+  }
+}
+
 // As when a future's callback drops the last reference to a process group.
 void a_callback_may_destroy_the_communicator(bool hands_on) {
   MapStore store;
@@ -309,9 +334,29 @@ void worlds_must_agree() {
   CHECK_EQ(failed.load(), 2);
 }
 
+// Other users than root may have as many under way, on the way between processes, as a process may have open.
+void many_ranks_meet_though_few_descriptors_may_be_under_way() {
+  const pid_t child = fork();
+  if (child == 0) {
+    const rlimit few{200, 200};
+    const bool limited = setrlimit(RLIMIT_NOFILE, &few) == 0 && (geteuid() != 0 || setuid(65534) == 0);
+    const auto errors = run_ranks(16, small_config(), Milliseconds(20000), [](Communicator& comm) {
+      std::vector<float> x(100, 1.0f);
+      comm.run(all_reduce(x));
+      CHECK_EQ(x[99], 16.0f);
+    });
+    for (const std::string& e : errors) CHECK_EQ(e, std::string());
+    _exit(limited ? check::report() : 2);
+  }
+  int status = -1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK_EQ(status, 0);
+}
+
 }  // namespace
 
 int main() {
+  many_ranks_meet_though_few_descriptors_may_be_under_way();  // before there are threads
   every_mismatch_is_told_to_every_rank();
   roots_must_agree();
   a_rank_that_does_not_come_is_named();
@@ -324,6 +369,7 @@ int main() {
   a_closed_communicator_holds_no_memory_but_tensors();
   closing_beside_calls();
   what_comes_after_a_call_may_wait_for_later_ones();
+  what_callbacks_call_is_done_before_the_end();
   for (const bool hands_on : {false, true}) a_callback_may_destroy_the_communicator(hands_on);
   worlds_must_agree();
   return check::report();

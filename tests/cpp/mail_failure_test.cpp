@@ -252,6 +252,22 @@ void what_the_last_to_leave_has_sent_is_received() {
   }
 }
 
+// It is in the nature of a text that somebody else writes it.
+void an_error_is_cut_between_characters() {
+  size_t bytes = 0;
+  for (const char* begin : {"a", "ab"}) {
+    const auto errors = run_ranks(2, small_config(), kLong, [begin](Communicator& comm) {
+      std::string text = begin;
+      for (int i = 0; i < 600; ++i) text += "\u00fc";
+      if (comm.rank() == 1) comm.abort(text);
+      receive(comm, kAnySource, 10);
+    });
+    bytes += errors[0].size();
+    CHECK_EQ(errors[0].substr(errors[0].size() - 4), std::string("\u00fc\u00fc"));
+  }
+  CHECK_EQ(bytes, size_t{1022 + 1023});
+}
+
 // ---- ranks that fail ----
 
 // A GPU that has nothing left to move in a message's memory when that is given back.
@@ -567,6 +583,17 @@ void what_a_rank_sent_before_it_was_killed_still_counts() {
       });
 }
 
+void who_has_died_is_blamed_before_who_has_left() {
+  with_a_killed_rank(
+      3,
+      [](Communicator& comm) {
+        while (!has_left(comm, 0)) std::this_thread::yield();
+      },
+      [](Communicator& comm) {
+        if (comm.rank() == 1) expect(ErrorKind::kPeerLost, "has died", 2, [&] { receive(comm, kAnySource, 100, 0); });
+      });
+}
+
 void a_killed_rank_is_found_by_the_postman() {
   with_a_killed_rank(
       2, [](Communicator&) {},
@@ -583,6 +610,7 @@ void a_killed_rank_is_found_by_the_postman() {
 int main() {
   a_rank_is_killed_while_it_sends();  // before there are threads
   what_a_rank_sent_before_it_was_killed_still_counts();
+  who_has_died_is_blamed_before_who_has_left();
   a_killed_rank_is_found_by_the_postman();
   bad_arguments_harm_nothing();
   mismatches();
@@ -591,6 +619,7 @@ int main() {
   what_a_rank_sent_before_it_left_still_counts();
   who_waits_for_a_rank_that_leaves_is_told();
   what_the_last_to_leave_has_sent_is_received();
+  an_error_is_cut_between_characters();
   an_abort_ends_every_wait();
   a_failed_collective_ends_messages_too();
   interrupts();

@@ -121,7 +121,7 @@ void PeerGroup::send_segment() {
   const int descriptors[] = {descriptor.get()};
   for (int r = 0; r < host_.world(); ++r) {
     if (r == host_.rank()) continue;
-    if (!cpu::DescriptorBox::send(boxes_[r], host_.rank(), 0, descriptors, host_.timeout())) {
+    if (cpu::DescriptorBox::send(boxes_[r], host_.rank(), 0, descriptors) != cpu::DescriptorBox::Sent::kYes) {
       throw Error(ErrorKind::kError, "pycoll: rank " + std::to_string(r) + " cannot be sent a descriptor", r);
     }
   }
@@ -146,37 +146,37 @@ void PeerGroup::join_multicast() {
   const int rank = host_.rank(), world = host_.world();
   const size_t bytes = geometry_.heap_offset();
   const auto together = [&](const auto& step) { return agree(host_, step).empty(); };
-  const bool joined = together([&] {
-                        if (world < 2 || !Physical::has_multicast(device_.index()) ||
-                            bytes % Physical::multicast_granularity(world) != 0) {
-                          throw_unsupported("there is no multicast");
-                        }
-                      }) &&
-                      together([&] {
-                        if (rank != 0) return;
-                        multicast_ = Physical::create_multicast(world, bytes);
-                        const cpu::Fd descriptor(multicast_.share());
-                        const int descriptors[] = {descriptor.get()};
-                        for (int r = 1; r < world; ++r) {
-                          if (!cpu::DescriptorBox::send(boxes_[r], 0, 1, descriptors, host_.timeout())) {
-                            throw_unsupported("a peer cannot be sent a descriptor");
-                          }
-                        }
-                      }) &&
-                      together([&] {
-                        if (rank != 0) {
-                          const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(1000));
-                          if (!delivery || delivery->sender != 0 || delivery->tag != 1)
-                            throw_unsupported("nothing arrived");
-                          multicast_ = Physical::import(delivery->descriptors.at(0).get(), bytes);
-                        }
-                        multicast_.add_device(device_.index());
-                      }) &&
-                      together([&] { multicast_.bind(segment_); }) &&  // waits for all devices, which are there by now
-                      together([&] {
-                        multicast_range_ = Range(device_.index(), bytes);
-                        multicast_range_.append(multicast_);
-                      });
+  const bool joined =
+      together([&] {
+        if (world < 2 || !Physical::has_multicast(device_.index()) ||
+            bytes % Physical::multicast_granularity(world) != 0) {
+          throw_unsupported("there is no multicast");
+        }
+      }) &&
+      together([&] {
+        if (rank != 0) return;
+        multicast_ = Physical::create_multicast(world, bytes);
+        const cpu::Fd descriptor(multicast_.share());
+        const int descriptors[] = {descriptor.get()};
+        for (int r = 1; r < world; ++r) {
+          if (cpu::DescriptorBox::send(boxes_[r], 0, 1, descriptors) != cpu::DescriptorBox::Sent::kYes) {
+            throw_unsupported("a peer cannot be sent a descriptor");
+          }
+        }
+      }) &&
+      together([&] {
+        if (rank != 0) {
+          const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(1000));
+          if (!delivery || delivery->sender != 0 || delivery->tag != 1) throw_unsupported("nothing arrived");
+          multicast_ = Physical::import(delivery->descriptors.at(0).get(), bytes);
+        }
+        multicast_.add_device(device_.index());
+      }) &&
+      together([&] { multicast_.bind(segment_); }) &&  // waits for all devices, which are there by now
+      together([&] {
+        multicast_range_ = Range(device_.index(), bytes);
+        multicast_range_.append(multicast_);
+      });
   if (!joined) {
     multicast_range_ = Range();
     multicast_ = Physical();
@@ -268,7 +268,7 @@ void PeerGroup::send_new_memory() try {
       const cpu::Fd descriptor(part.memory.share());
       const int descriptors[] = {descriptor.get()};
       const uint64_t tag = part.begin / kHeapGrain << 32 | part.memory.bytes() / kHeapGrain;
-      if (!cpu::DescriptorBox::send(boxes_[r], host_.rank(), tag, descriptors, std::chrono::milliseconds(0))) break;
+      if (cpu::DescriptorBox::send(boxes_[r], host_.rank(), tag, descriptors) != cpu::DescriptorBox::Sent::kYes) break;
     }
   }
   store_release(host_.mapped_device_heap(host_.rank(), host_.rank()), uint64_t{heap_->blocks.size()});
