@@ -211,3 +211,15 @@ def test_local_group_needs_a_gpu() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(pycoll.UnsupportedError, match=r"built without CUDA|no CUDA GPU"):
             pycoll.LocalGroup(2)
+
+
+def test_an_abort_says_why_in_any_language() -> None:
+    """Also in more words than there is room for."""
+
+    def rank_main(comm: pycoll.Communicator) -> None:
+        if comm.rank == 1:
+            comm.abort("grün, " + "ü" * 600)
+        with pytest.raises(pycoll.Error, match=r"grün, ü+$"):
+            comm.barrier()
+
+    run_threads(rank_main, 2)
