@@ -107,9 +107,9 @@ def _footprint(report: Report) -> Bar:
     return Bar(case, bar, f"{used / MIB:.1f} MiB", used < FOOTPRINT)
 
 
-def table(bars: list[Bar]) -> Table:
+def table(bars: list[Bar], title: str = "what all-reduce must reach") -> Table:
     """The bars, what was reached, and the verdicts."""
-    shown = Table(title="what all-reduce must reach")
+    shown = Table(title=title)
     for column in ("case", "bar", "reached", "verdict"):
         shown.add_column(column)
     for bar in bars:

@@ -14,7 +14,34 @@ def physical_memory() -> int: ...
 def close_backends() -> None: ...
 def ceiling_symmetric(tensors: Sequence[Tensor], rank: int) -> None: ...
 def ceiling_pipelined(x: Tensor, pipe: Tensor, sends: bool) -> None: ...
+def ceiling_adam(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]
+) -> None: ...
 def ceiling_staged(x: Tensor, slots: Sequence[Tensor], rank: int) -> None: ...
+def adam_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    masters: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    firsts: Sequence[int],
+    lr_tensor: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    stochastic: bool,
+    grad_scale: Tensor | None,
+    clip: Tensor | None,
+    found_inf: Tensor | None,
+) -> None: ...
+def sum_of_squares(grads: Sequence[Tensor]) -> Tensor: ...
+def clip_to_norm(sums: Tensor, scale: Tensor | None, max_norm: float) -> tuple[Tensor, Tensor, Tensor]: ...
 
 class Config:
     channels: int

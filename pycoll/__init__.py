@@ -22,6 +22,7 @@ from pycoll.errors import (  # noqa: E402
 )
 from pycoll.info import info  # noqa: E402
 from pycoll.local_group import LocalGroup  # noqa: E402
+from pycoll.optim import FusedAdam  # noqa: E402
 from pycoll.trace import group_trace  # noqa: E402
 from pycoll.tuning import Config  # noqa: E402
 from pycoll.version import __version__  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "Communicator",
     "Config",
     "Error",
+    "FusedAdam",
     "LocalGroup",
     "MismatchError",
     "PeerLostError",

@@ -16,6 +16,7 @@ from rich.text import Text
 from pycoll.errors import Error, UnsupportedError, UsageError
 
 BENCHMARKS = {
+    "adam": ("pycoll.benchmarks.adam", "AdamBench"),
     "all-reduce": ("pycoll.benchmarks.all_reduce", "AllReduceBench"),
     "collectives": ("pycoll.benchmarks.collectives", "CollectivesBench"),
     "gpu": ("pycoll.benchmarks.gpu", "GpuBench"),
@@ -53,7 +54,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """measure collectives beside other libraries and the machine's ceiling"""
+    """measure collectives and the optimizer beside other libraries and the machine's ceiling"""
     subjects = {name: _benchmark(name) for name in BENCHMARKS}
     return _choose("pycoll bench", "subject", subjects, arguments)
 
@@ -123,7 +124,7 @@ def _benchmark(subject: str) -> Callable[[Sequence[str]], int]:
         config = tyro.cli(getattr(module, settings), prog=f"pycoll bench {subject}", args=arguments)
         return int(module.main(config))
 
-    run.__doc__ = f"{subject}, at each message size"
+    run.__doc__ = "a step of AdamW" if subject == "adam" else f"{subject}, at each message size"
     return run
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pycoll.benchmarks import (
+    adam,
     all_reduce,
     bars,
     ceiling_ranks,
@@ -572,3 +573,55 @@ def test_what_overhead_leaves_out_is_there() -> None:
             assert overhead.edited(source, name, edits) != source
     with pytest.raises(ValueError, match="has changed"):
         overhead.edited("other code", "a.h", [("a.h", "code of then", "")])
+
+
+def test_adam_benchmark_runs_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = adam.AdamBench(parameters=8192, tensors=(1, 7), output=tmp_path, quick=True)
+    assert adam.main(config) == 0
+    found = json.loads((tmp_path / "adam-cpu.json").read_text())
+    cases = {(row["case"], row["tensors"], row["who"]) for row in found["rows"]}
+    everybody = ("pycoll", "torch fused", "torch foreach", "ceiling")
+    wanted = {(adam.STEP, n, who) for n in (1, 7) for who in everybody}
+    wanted |= {(case, n, who) for case in (adam.SEQUENCE, adam.BF16) for n in (1, 7) for who in everybody[:2]}
+    assert cases == wanted and all(row["timing"]["median"] > 0 for row in found["rows"])
+    assert (tmp_path / "adam-cpu.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert all(who in shown for who in everybody)
+
+
+def test_adam_contenders_make_the_same_step() -> None:
+    config = adam.AdamBench(parameters=3000)
+    for make in (adam.sequences, adam.mixed_sequences):
+        results = []
+        for who in ("pycoll", "torch fused"):
+            contenders = {contender.who: contender for contender in make(config, 3)}
+            contenders[who].prepare()
+            contenders[who].run()
+            run = contenders[who].run
+            model = next(cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, adam.Model))  # type: ignore[attr-defined]
+            results.append([param.detach().float() for param in model.params])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2 if make is adam.mixed_sequences else 1e-5, atol=1e-6)
+
+
+def test_adam_bars() -> None:
+    seconds = {"pycoll": 1.0, "torch fused": 2.3, "ceiling": 0.91}
+    rows = [
+        adam.Row(case, n, who, timing.summarize([value], 1))
+        for case in adam.CASES
+        for n in (1, 200)
+        for who, value in seconds.items()
+    ]
+    assert all(bar.passed for bar in adam.bars_of(rows)) and len(adam.bars_of(rows)) == 8
+    slower = [row for row in rows if (row.case, row.who) != (adam.BF16, "torch fused")]
+    assert [bar.passed for bar in adam.bars_of(slower)].count(None) == 2
+    slower += [adam.Row(adam.BF16, 1, "torch fused", timing.summarize([2.1], 1))]
+    assert [bar.passed for bar in adam.bars_of(slower)].count(False) == 1
+
+
+def test_adam_refuses_bad_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert adam.main(adam.AdamBench(parameters=10, tensors=(11,), output=tmp_path)) == 2
+    assert "--tensors" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert adam.main(adam.AdamBench(device="cuda", output=tmp_path)) == 2
+        assert "no CUDA GPU" in capsys.readouterr().err

@@ -22,7 +22,8 @@ def test_help_offers_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[name, "--help"] for name in ("train", "faults", "trace", "info")] + [["bench", "all-reduce", "--help"]],
+    [[name, "--help"] for name in ("train", "faults", "trace", "info")]
+    + [["bench", name, "--help"] for name in ("adam", "all-reduce")],
 )
 def test_each_command_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -33,7 +34,8 @@ def test_each_command_explains_itself(arguments: list[str], capsys: pytest.Captu
 
 def test_bench_names_its_subjects(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--help"]) == 0
-    assert "\n  all-reduce " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\n  adam " in shown and "\n  all-reduce " in shown
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,8 @@ def test_bench_names_its_subjects(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian"], "error: pycoll has no command 'trian': choose one of train, bench, faults, trace, info\n"),
         (
             ["bench", "sort"],
-            "error: pycoll bench has no subject 'sort': choose one of all-reduce, collectives, gpu, local-group\n",
+            "error: pycoll bench has no subject 'sort': "
+            "choose one of adam, all-reduce, collectives, gpu, local-group\n",
         ),
         (
             ["train", "--data", "/nowhere"],

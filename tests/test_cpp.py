@@ -17,14 +17,16 @@ HERE = Path(__file__).parent
 TESTS = sorted((HERE / "cpp").glob("*_test.cpp"))
 CSRC = HERE.parent / "csrc"
 BUILD = HERE / "cpp" / "build"
-FLAGS = shlex.split("-std=c++20 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-omit-frame-pointer -pthread")
+FLAGS = shlex.split(
+    "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -pthread"
+)
 SANITIZERS = {
     "thread": ["-fsanitize=thread"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "none": [],
 }
 # Compilers do not vectorize what a sanitizer watches: the tests of SIMD loops run without one as well.
-VECTORIZED = ("kernels_test", "combine_test")
+VECTORIZED = ("kernels_test", "combine_test", "adam_test")
 CASES = [(t, s) for t in TESTS for s in SANITIZERS if s != "none" or t.stem in VECTORIZED]
 RUN_SECONDS = 180
 BUILD_SECONDS = 600

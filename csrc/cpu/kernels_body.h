@@ -1,38 +1,11 @@
-// The loops of cpu/kernels.h, plain ones: included once per instruction set, inside its target pragma, by a file that
-// defines
-//   kIsa      its name
-//   Halves    its instructions that convert Float16: how many they take at once, 0 where it has none; widen and narrow
-//   Streams   its stores that go past the caches: how many bytes each takes, 0 where it has none; store, to an aligned
-//             address; and drain, after which they come before whatever is stored next
-//   kCopyLoopFrom, kCopyLoopTo   the sizes in bytes at which a plain loop copies faster than memcpy (measured in the L1
-//   cache)
-// Everything is in an unnamed namespace, and what is called here is always inlined: no code built for this instruction
-// set gets out of this file. No #include here: what headers define must be compiled for the baseline.
+// The loops of cpu/kernels.h, plain ones: included once per instruction set, after its target_*.h, which says what
+// holds for such files, and block_body.h.
 #pragma once
 
 namespace pycoll::cpu {
 namespace {
 
-// The block that all destinations get before the next one is looked at: it, its sources and the local buffers stay in
-// the L1 cache.
-constexpr size_t kBlockBytes = 4096;
-template <class T>
-constexpr size_t kBlock = kBlockBytes / sizeof(Accumulator<T>);
-
 constexpr int kFanIn = 4;  // sources that one loop reads
-
-// Any address is allowed, so no pointer to T is ever formed.
-template <class S>
-PYCOLL_HD S load(const void* base, size_t i) {
-  S value;
-  __builtin_memcpy(&value, static_cast<const std::byte*>(base) + i * sizeof(S), sizeof(S));
-  return value;
-}
-
-template <class S>
-PYCOLL_HD void store(void* base, size_t i, S value) {
-  __builtin_memcpy(static_cast<std::byte*>(base) + i * sizeof(S), &value, sizeof(S));
-}
 
 // dst[i] = first[i] op rest[i] op ...; finalized and rounded where kFinal. A destination that is a source is safe, and
 // so the compiler is told: each element is read before it is written, and no other is.
@@ -64,28 +37,6 @@ void reduce_few(void* dst, const void* const* src, int fan, size_t n, int world)
     case kFanIn:
       return reduce_loop<T, Op, kFinal>(dst, n, world, src[0], src[1], src[2], src[3]);
   }
-}
-
-template <class T>
-void widen_block(float* to, const void* from, size_t n) {
-  size_t i = 0;
-  if constexpr (Halves::kVector > 0 && std::is_same_v<T, Float16>) {
-    for (; i + Halves::kVector <= n; i += Halves::kVector)
-      Halves::widen(to + i, static_cast<const std::byte*>(from) + i * sizeof(T));
-  }
-  PYCOLL_INDEPENDENT
-  for (; i < n; ++i) to[i] = load<T>(from, i).to_float();
-}
-
-template <class T>
-void narrow_block(void* to, const float* from, size_t n) {
-  size_t i = 0;
-  if constexpr (Halves::kVector > 0 && std::is_same_v<T, Float16>) {
-    for (; i + Halves::kVector <= n; i += Halves::kVector)
-      Halves::narrow(static_cast<std::byte*>(to) + i * sizeof(T), from + i);
-  }
-  PYCOLL_INDEPENDENT
-  for (; i < n; ++i) store(to, i, T::from_float(from[i]));
 }
 
 // Elements at .. at+n of source k as accumulators: where they lie, or widened into `buffer`.
@@ -130,18 +81,6 @@ void reduce_block(void* dst, const CombineArgs& a, size_t at, size_t n) {
   if constexpr (kWidens<T>) {
     if (rounds) narrow_block<T>(dst, sum, n);
   }
-}
-
-void copy(void* dst, const void* src, size_t bytes) {
-  size_t words = 0;
-  if (bytes >= kCopyLoopFrom && bytes <= kCopyLoopTo && reinterpret_cast<uintptr_t>(dst) % 64 == 0) {
-    words = bytes / 64 * 8;
-    PYCOLL_INDEPENDENT
-    for (size_t i = 0; i < words; ++i) store(dst, i, load<uint64_t>(src, i));
-  }
-  const size_t done = words * sizeof(uint64_t);
-  if (done == bytes) return;  // memcpy takes no null pointer, even with no bytes
-  __builtin_memcpy(static_cast<std::byte*>(dst) + done, static_cast<const std::byte*>(src) + done, bytes - done);
 }
 
 void stream(void* dst, const void* src, size_t bytes) {

@@ -1,9 +1,12 @@
-// The machine's ceilings for `pycoll bench`: the reads and writes of a two-shot all-reduce (sum), and of a copy from rank
-// to rank, with no synchronization at all. The results mean nothing; the accesses are those of csrc/algorithms/two_shot.h.
+// The machine's ceilings for `pycoll bench`: the reads and writes of a two-shot all-reduce (sum), and of a copy from
+// rank to rank, with no synchronization at all; and those of a step of AdamW. The results mean nothing; the accesses
+// are those of csrc/algorithms/two_shot.h and csrc/cpu/adam_body.h.
 #include <torch/extension.h>
 
 #include "core/partition.h"
 #include "cpu/kernels.h"
+#include "cpu/kernels_isa.h"
+#include "torch/block_list.h"
 #include "torch/modules.h"
 #include "torch/tensors.h"
 
@@ -87,11 +90,37 @@ void pipelined(const at::Tensor& x, const at::Tensor& pipe, bool sends) {
   }
 }
 
+// Four words of an element are read and three written.
+void touch(uint32_t* a, uint32_t* b, uint32_t* c, const uint32_t* d, size_t count) {
+  PYCOLL_INDEPENDENT
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t x = a[i], y = b[i], z = c[i] ^ d[i];
+    a[i] = y;
+    b[i] = z;
+    c[i] = x;
+  }
+}
+
+// fp32 throughout; on the threads that a step would take.
+void adam(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& grads,
+          const std::vector<at::Tensor>& exp_avgs, const std::vector<at::Tensor>& exp_avg_sqs) {
+  const BlockList blocks(params.size(), [&](size_t k) { return params[k].numel(); });
+  on_torch_threads(blocks.count(), [&](size_t from, size_t to) {
+    blocks.for_each(from, to, [&](size_t k, size_t begin, size_t end) {
+      const auto words = [&](const at::Tensor& t) { return static_cast<uint32_t*>(t.mutable_data_ptr()) + begin; };
+      touch(words(params[k]), words(exp_avgs[k]), words(exp_avg_sqs[k]), words(grads[k]),
+            smaller(end, params[k].numel()) - begin);
+    });
+  });
+}
+
 }  // namespace
 
 void bind_ceiling(py::module_& m) {
   m.def("ceiling_symmetric", &symmetric, py::arg("tensors"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
   m.def("ceiling_staged", &staged, py::arg("x"), py::arg("slots"), py::arg("rank"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("ceiling_adam", &adam, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::call_guard<py::gil_scoped_release>());
   m.def("ceiling_pipelined", &pipelined, py::arg("x"), py::arg("pipe"), py::arg("sends"),
         py::call_guard<py::gil_scoped_release>());

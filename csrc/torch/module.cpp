@@ -31,6 +31,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pycoll::bindings::bind_communicator(m);
   pycoll::bindings::bind_backend(m);
   pycoll::bindings::bind_ceiling(m);
+  pycoll::bindings::bind_adam(m);
 #ifdef PYCOLL_WITH_CUDA
   pycoll::bindings::bind_local_group(m);
 #endif

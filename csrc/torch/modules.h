@@ -8,6 +8,7 @@ namespace pycoll::bindings {
 void bind_communicator(py::module_& m);
 void bind_backend(py::module_& m);
 void bind_ceiling(py::module_& m);
+void bind_adam(py::module_& m);
 void bind_local_group(py::module_& m);  // where CUDA is built
 
 // What torch.cuda.MemPool takes: an allocator that takes its memory from `allocate`. Where CUDA is built.

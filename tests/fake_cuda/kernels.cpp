@@ -1,10 +1,13 @@
 // The kernels of csrc/cuda under the test double, as host functions: the same blocks, run by host threads. See fake.h.
+#include <algorithm>
 #include <cstring>
 #include <deque>
+#include <numeric>
 #include <thread>
 #include <vector>
 
 #include "block_executor.h"
+#include "cuda/adam.h"
 #include "cuda/block.h"
 #include "cuda/launch.h"
 #include "fake.h"
@@ -43,13 +46,54 @@ void run_step(const StepCall& call) {
       {call.dst, call.dst_count, call.src, call.src_count, call.wire_sources, call.final, call.world, call.count});
 }
 
-enum class Kernel { kNone, kPrepare, kStep, kWindows, kChannels, kWords, kExchange };
+void run_adam(const AdamLaunch& launch) {
+  if (skips(launch)) return;
+  for (uint32_t c = 0; c < launch.chunk_count; ++c) {
+    const AdamTarget& target = launch.targets[launch.chunks[c].tensor];
+    const AdamPiece piece = piece_of(target, launch.chunks[c].index);
+    dispatch_float(target.dtype, [&](auto p) {
+      dispatch_float(target.grad_dtype, [&](auto g) {
+        adam_strided<typename decltype(p)::type, typename decltype(g)::type>(OneThread{}, piece,
+                                                                             scalars_of(launch, target));
+      });
+    });
+  }
+  for (uint32_t k = 0; k < launch.target_count; ++k) *launch.targets[k].step += 1;
+}
+
+void run_squares(const SquaresLaunch& launch) {
+  double sum = 0;
+  for (uint32_t c = 0; c < launch.chunk_count; ++c) {
+    const SquaresSource& source = launch.sources[launch.chunks[c].tensor];
+    const size_t begin = launch.chunks[c].index * kChunk;
+    sum += dispatch_float(source.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      return squares_strided<T>(OneThread{}, static_cast<const std::byte*>(source.data) + begin * sizeof(T),
+                                std::min(kChunk, source.count - begin));
+    });
+  }
+  *launch.sum = sum;
+}
+
+void run_clip(const ClipLaunch& launch) {
+  const Clipped c = clip_to_norm(std::accumulate(launch.sums, launch.sums + launch.count, 0.0),
+                                 value_or(launch.scale, 1), launch.max_norm);
+  launch.result[0] = c.norm;
+  launch.result[1] = c.factor;
+  launch.result[2] = c.found_inf;
+}
+
+enum class Kernel { kNone, kPrepare, kStep, kWindows, kChannels, kWords, kExchange, kAdam, kSquares, kClip, kStore };
 
 Kernel kernel_of(const char* name) {
   if (std::strstr(name, "11cuda_device") == nullptr) return Kernel::kNone;
   if (std::strstr(name, "prepare_kernel")) return Kernel::kPrepare;
   if (std::strstr(name, "step_kernel")) return Kernel::kStep;
   if (std::strstr(name, "exchange_kernel")) return Kernel::kExchange;
+  if (std::strstr(name, "adam_kernel")) return Kernel::kAdam;
+  if (std::strstr(name, "squares_kernel")) return Kernel::kSquares;
+  if (std::strstr(name, "clip_kernel")) return Kernel::kClip;
+  if (std::strstr(name, "store_kernel")) return Kernel::kStore;
   const char* family = std::strstr(name, "collective_kernel") ? std::strstr(name, "FamilyE") : nullptr;
   if (family == nullptr) return Kernel::kNone;
   constexpr Kernel kOf[] = {Kernel::kWindows, Kernel::kChannels, Kernel::kWords};
@@ -85,6 +129,19 @@ int fake_cuda_run_kernel(const char* name, dim3 grid, dim3, void** args, size_t)
       run_collective<Family::kExchange>(*static_cast<const DeviceCall*>(args[0]),
                                         static_cast<const DeviceCounts*>(args[1]), grid);
       return 0;
+    case Kernel::kAdam:
+      run_adam(*static_cast<const AdamLaunch*>(args[0]));
+      return 0;
+    case Kernel::kSquares:
+      run_squares(*static_cast<const SquaresLaunch*>(args[0]));
+      return 0;
+    case Kernel::kClip:
+      run_clip(*static_cast<const ClipLaunch*>(args[0]));
+      return 0;
+    case Kernel::kStore:
+      std::memcpy(*static_cast<void**>(args[0]), static_cast<const TablePart*>(args[1])->bytes,
+                  *static_cast<size_t*>(args[2]));
+      return 0;
     case Kernel::kNone:
       break;
   }
@@ -101,6 +158,14 @@ size_t fake_cuda_argument_bytes(const char* name, int index) {
       return index == 0 ? sizeof(StepCall) : 0;
     case Kernel::kExchange:
       return index == 0 ? sizeof(DeviceCall) : index == 1 ? sizeof(DeviceCounts) : 0;
+    case Kernel::kAdam:
+      return index == 0 ? sizeof(AdamLaunch) : 0;
+    case Kernel::kSquares:
+      return index == 0 ? sizeof(SquaresLaunch) : 0;
+    case Kernel::kClip:
+      return index == 0 ? sizeof(ClipLaunch) : 0;
+    case Kernel::kStore:
+      return index == 0 ? sizeof(void*) : index == 1 ? sizeof(TablePart) : index == 2 ? sizeof(size_t) : 0;
     default:
       return index == 0 ? sizeof(DeviceCall) : 0;
   }

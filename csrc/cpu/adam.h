@@ -1,0 +1,48 @@
+// Adam and AdamW on the CPU, and the sums of squares that gradients are clipped by: compiled for several instruction
+// sets, which give the same bits; core/adam_math.h is what an element goes through.
+//
+// An update of more than one rank's gradient (a sharded optimizer) goes block by block: sum kAdamBlock elements of the
+// ranks' gradients into a float buffer, which stays in the L1 cache, give that as `grad`, and name the parameter's
+// place on each rank in `dst`. Any cutting gives the same bits, as long as `first` says where a piece begins.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/adam_math.h"
+#include "core/dtype.h"
+
+namespace pycoll::cpu {
+
+constexpr size_t kAdamBlock = 1024;  // elements that are worked on at a time: 4 KiB of each array
+
+// Elements `first` to `first + count` of a tensor. Any address is allowed, aligned or not. What is written overlaps
+// nothing else, but a dst may be `param`; dst[0] and `master` are read again while their block is in the cache.
+struct AdamArgs {
+  const void* param;  // the old value. Not read, and may be null, where there is a master
+  float* master;      // the fp32 value that a 16-bit parameter is the rounding of, or null
+  void* const* dst;   // [dst_count] where the new value goes, in the parameter's dtype
+  int dst_count;      // at least 1
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* max_exp_avg_sq;  // null: no AMSGrad
+  size_t count;
+  uint64_t first;   // index of the first element, for the random numbers
+  bool stochastic;  // 16-bit results are rounded at random, else to the nearest
+  AdamScalars scalars;
+};
+
+// What one instruction set offers; null where a dtype is neither float32 nor a 16-bit float.
+struct AdamKernels {
+  void (*update[kDTypeCount][kDTypeCount])(const AdamArgs&);     // [the parameter's dtype][the gradient's]
+  double (*sum_of_squares[kDTypeCount])(const void*, size_t n);  // not finite if and only if an element is not
+};
+
+// Those of kernels().isa.
+const AdamKernels& adam_kernels();
+
+// Those of one instruction set, as kernels_for().
+const AdamKernels* adam_kernels_for(const char* isa);
+
+}  // namespace pycoll::cpu

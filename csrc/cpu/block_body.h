@@ -1,0 +1,62 @@
+// What all loops of cpu/kernels.h and cpu/adam.h work with: the size of a block, elements at any address, conversions,
+// copies. Included once per instruction set, after its target_*.h, which says what holds for such files.
+#pragma once
+
+namespace pycoll::cpu {
+namespace {
+
+// The block that all destinations get before the next one is looked at: it, its sources and the local buffers stay in
+// the L1 cache.
+constexpr size_t kBlockBytes = 4096;
+template <class T>
+constexpr size_t kBlock = kBlockBytes / sizeof(Accumulator<T>);
+
+// Any address is allowed, so no pointer to T is ever formed.
+template <class S>
+PYCOLL_HD S load(const void* base, size_t i) {
+  S value;
+  __builtin_memcpy(&value, static_cast<const std::byte*>(base) + i * sizeof(S), sizeof(S));
+  return value;
+}
+
+template <class S>
+PYCOLL_HD void store(void* base, size_t i, S value) {
+  __builtin_memcpy(static_cast<std::byte*>(base) + i * sizeof(S), &value, sizeof(S));
+}
+
+template <class T>
+void widen_block(float* to, const void* from, size_t n) {
+  size_t i = 0;
+  if constexpr (Halves::kVector > 0 && std::is_same_v<T, Float16>) {
+    for (; i + Halves::kVector <= n; i += Halves::kVector)
+      Halves::widen(to + i, static_cast<const std::byte*>(from) + i * sizeof(T));
+  }
+  PYCOLL_INDEPENDENT
+  for (; i < n; ++i) to[i] = load<T>(from, i).to_float();
+}
+
+template <class T>
+void narrow_block(void* to, const float* from, size_t n) {
+  size_t i = 0;
+  if constexpr (Halves::kVector > 0 && std::is_same_v<T, Float16>) {
+    for (; i + Halves::kVector <= n; i += Halves::kVector)
+      Halves::narrow(static_cast<std::byte*>(to) + i * sizeof(T), from + i);
+  }
+  PYCOLL_INDEPENDENT
+  for (; i < n; ++i) store(to, i, T::from_float(from[i]));
+}
+
+void copy(void* dst, const void* src, size_t bytes) {
+  size_t words = 0;
+  if (bytes >= kCopyLoopFrom && bytes <= kCopyLoopTo && reinterpret_cast<uintptr_t>(dst) % 64 == 0) {
+    words = bytes / 64 * 8;
+    PYCOLL_INDEPENDENT
+    for (size_t i = 0; i < words; ++i) store(dst, i, load<uint64_t>(src, i));
+  }
+  const size_t done = words * sizeof(uint64_t);
+  if (done == bytes) return;  // memcpy takes no null pointer, even with no bytes
+  __builtin_memcpy(static_cast<std::byte*>(dst) + done, static_cast<const std::byte*>(src) + done, bytes - done);
+}
+
+}  // namespace
+}  // namespace pycoll::cpu
