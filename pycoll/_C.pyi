@@ -41,6 +41,18 @@ def adam_step(
     found_inf: Tensor | None,
 ) -> None: ...
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor: ...
+def sample(grads: Sequence[Tensor | None]) -> int: ...
+def pack(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    firsts: Sequence[int],
+    wire: str,
+    memory: Tensor,
+    residual: Tensor | None,
+    factor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None: ...
+def average_int8(wires: Tensor, to: Tensor) -> None: ...
 def clip_to_norm(sums: Tensor, scale: Tensor | None, max_norm: float) -> tuple[Tensor, Tensor, Tensor]: ...
 
 class Config:
@@ -55,6 +67,9 @@ class Config:
     one_shot_ll_max_bytes: int
     two_shot_ll_max_bytes: int
 
+class Names:
+    def __init__(self, group: str, global_ranks: Sequence[int]) -> None: ...
+
 class Communicator:
     closed: bool
     channels: int
@@ -67,7 +82,8 @@ class Communicator:
         store: dist.Store,
         rank: int,
         world_size: int,
-        name: str,
+        key: str,
+        names: Names,
         config: Config,
         cuda_config: Config,
         timeout: float,
@@ -85,8 +101,28 @@ class Communicator:
     def barrier(self, async_op: bool) -> dist.Work: ...
     def send(self, x: Tensor, peer: int, tag: int, async_op: bool) -> Any: ...
     def recv(self, x: Tensor, peer: int, tag: int, async_op: bool) -> Any: ...
+    def reduce_bucket(
+        self, wire: str, memory: Tensor, grads: Tensor | None, squares: Tensor, tag: int, async_op: bool
+    ) -> dist.Work: ...
+    def update_bucket(
+        self,
+        wire: str,
+        memory: Tensor,
+        tag: int,
+        params: Tensor,
+        master: Tensor | None,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        max_exp_avg_sq: Tensor | None,
+        segments: Tensor,
+        steps: Tensor,
+        used: Tensor,
+        groups: Sequence[tuple[float, float, float, float, float, bool, bool, bool, bool, bool]],
+        factor: float,
+    ) -> None: ...
     def empty(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor: ...
     def mem_allocator(self, device: torch.device) -> Any: ...
+    def rank_name(self, rank: int) -> str: ...
     def close(self) -> None: ...
     def abort(self, reason: str) -> None: ...
     def trace(self) -> bytes: ...
@@ -112,11 +148,10 @@ class Backend(dist.ProcessGroup):
         store: dist.Store,
         rank: int,
         world_size: int,
-        name: str,
+        names: Names,
         config: Config,
         cuda_config: Config,
         timeout: float,
-        global_ranks: Sequence[int],
     ) -> None: ...
     def trace(self) -> bytes: ...
     def perform_nocolor_split(self, device: torch.device) -> None: ...

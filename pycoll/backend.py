@@ -20,8 +20,7 @@ def create(options: Any, _backend_options: Any) -> Any:
         options.store,
         options.group_rank,
         options.group_size,
-        f"group {options.group_id}",
+        _C.Names(f"group {options.group_id}", options.global_ranks_in_group),
         *configs(options.group_size),
         options.timeout.total_seconds(),
-        options.global_ranks_in_group,
     )

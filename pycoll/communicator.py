@@ -27,6 +27,7 @@ from pycoll.tuning import Config, native_config
 
 _alive: weakref.WeakSet[Communicator] = weakref.WeakSet()
 _alive_lock = threading.Lock()
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # communicators made of each
 _names = itertools.count()  # communicators are created in the same order on all ranks
 
 
@@ -63,6 +64,7 @@ class Communicator(Collectives):
         config: Config | None = None,
         cuda_config: Config = tuning.CUDA,
         name: str | None = None,
+        global_ranks: Sequence[int] = (),
     ) -> None:
         """Meets the other ranks; returns when all are there.
 
@@ -75,6 +77,8 @@ class Communicator(Collectives):
             cuda_config: the same for tensors on GPUs.
             name: tells communicators on one store apart, and to `torch.ops.pycoll` it is this one; by default they are
                 counted, in order of creation.
+            global_ranks: of each rank, its number among all ranks of the program, where they are more than these: texts
+                of errors, the log and traces say both, "rank 1 (global rank 3)". `Error.rank` is the first.
         """
         self.timeout = seconds(timeout)
         if world_size < 1 or not 0 <= rank < world_size:
@@ -82,7 +86,8 @@ class Communicator(Collectives):
         native = native_config(config or Config(), world_size)
         on_gpus = native_config(cuda_config, world_size)
         self.name = name or str(next(_names))
-        self._impl = _C.Communicator(store, rank, world_size, self.name, native, on_gpus, self.timeout)
+        names = _C.Names(f"communicator {self.name}", global_ranks)
+        self._impl = _C.Communicator(store, rank, world_size, self.name, names, native, on_gpus, self.timeout)
         self.rank = rank
         self.world_size = world_size
         with _alive_lock:
@@ -99,6 +104,45 @@ class Communicator(Collectives):
         """
         store, rank, world_size = store_from_env(seconds(timeout))
         return cls(store, rank, world_size, timeout=timeout, config=config, cuda_config=cuda_config)
+
+    @classmethod
+    def from_group(
+        cls,
+        group: dist.ProcessGroup | None = None,
+        *,
+        timeout: float | timedelta = 300.0,
+        config: Config | None = None,
+        cuda_config: Config = tuning.CUDA,
+    ) -> Communicator:
+        """A communicator of the ranks of a torch.distributed group, whatever its backend; they meet in its store.
+
+        Args:
+            group: None: the default group.
+
+        Raises:
+            UsageError: torch.distributed is not initialized, or this rank is not in the group.
+        """
+        if not dist.is_initialized():
+            raise UsageError("pycoll: there is no process group yet: call torch.distributed.init_process_group() first")
+        group = group or dist.distributed_c10d._get_default_group()
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise UsageError(f"pycoll: rank {dist.get_rank()} is not in the group")
+        with _alive_lock:
+            number = _groups[group] = _groups.get(group, -1) + 1
+        store = dist.distributed_c10d._get_process_group_store(group)
+        name = f"{dist.distributed_c10d._get_process_group_name(group)}/{number}"
+        world_size = dist.get_world_size(group)
+        return cls(
+            store,
+            rank,
+            world_size,
+            timeout=timeout,
+            config=config,
+            cuda_config=cuda_config,
+            name=name,
+            global_ranks=dist.get_process_group_ranks(group),
+        )
 
     def empty(
         self,
@@ -156,7 +200,7 @@ class Communicator(Collectives):
 
     def abort(self, reason: str = "aborted by the user") -> None:
         """Makes running and later calls fail on all ranks, with `reason`."""
-        self._impl.abort(f"pycoll: rank {self.rank}: {reason}")
+        self._impl.abort(reason)
 
     def trace(self) -> dict[str, Any]:
         """What each rank did last, as this one sees it in shared memory: calls, messages and launches, with times.
@@ -185,7 +229,7 @@ class Communicator(Collectives):
             else f"{self._impl.channels} channels, {self.footprint() / 2**20:.1f} MiB, {_C.simd}"
             + (f"; {device}" if (device := self._impl.device) else "")
         )
-        return f"<pycoll.Communicator rank {self.rank} of {self.world_size}: {state}>"
+        return f"<pycoll.Communicator {self._impl.rank_name(self.rank)} of {self.world_size}: {state}>"
 
 
 def named(name: str) -> Communicator:

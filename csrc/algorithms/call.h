@@ -9,6 +9,7 @@
 #include "algorithms/multimem.h"
 #include "algorithms/one_shot.h"
 #include "algorithms/run.h"
+#include "algorithms/shards.h"
 #include "algorithms/two_shot.h"
 
 namespace pycoll {
@@ -64,6 +65,10 @@ constexpr decltype(auto) dispatch_call(Collective collective, Algorithm algorith
       return f(TypeTag<Scatter>{});
     case Collective::kAllToAll:
       return f(TypeTag<AllToAll>{});
+    case Collective::kReduceBucket:
+    case Collective::kMeasureBucket:
+    case Collective::kUpdateBucket:
+      return f(TypeTag<Shards>{});
     case Collective::kAllReduce:
       break;
   }
@@ -100,6 +105,9 @@ inline constexpr Family kFamily<TwoShotLlAllReduce> = Family::kWords;
 template <>
 inline constexpr Family kFamily<AllToAll> = Family::kExchange;
 
+template <class Exec>
+constexpr bool kWorksOnShards = requires(Exec& exec) { exec.work(nullptr, nullptr); };
+
 // `enter(window)` is the call's first barrier, after which the records of all ranks may be read; false: give up.
 // `op.partition` is set here. Words and multimem are for executors that have them.
 template <class Algorithm, class Exec, class Enter>
@@ -110,6 +118,12 @@ PYCOLL_HD bool run_call(Exec& exec, Operation op, const PeerTable& table, int ch
   Window<Exec> w(exec, op, table, channel, state, records, mine);
   if constexpr (kFamily<Algorithm> == Family::kWords) {  // right in a world of one as well, and without the large loops
     return run_words<Algorithm>(exec, op, table, channel, state, mine);
+  } else if constexpr (std::is_same_v<Algorithm, Shards>) {
+    if constexpr (kWorksOnShards<Exec>) {
+      return run_window<Algorithm>(w, [&] { return enter(w); });
+    } else {
+      return false;  // nobody asks for it there
+    }
   } else if (op.world == 1) {
     const size_t count = op.send_counts ? op.send_counts[0] : mine.count;
     return run_alone(exec, op, channel_share(count, channel, channels), mine);

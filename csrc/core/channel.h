@@ -15,6 +15,8 @@
 //   const void** sources(), void** destinations(), uint64_t* units()   room for a pointer or 8 bytes of each rank, for
 //                                              this thread
 //   void report_counts(int from, int to, uint64_t sent, uint64_t expected)   an all-to-all in which these differ: fails
+// On the CPU besides:
+//   void work(const void* const* in, void* const* out)   what the call does to this rank's shard, see algorithms/shards.h
 // Where the device has words and multimem, besides:
 //   bool await_until(predicate, int peer)      any thread, for itself: until the predicate holds; false on failure
 //   uint64_t reduce(const uint64_t* units, int count)   8 bytes of elements of each rank into 8 bytes of the result

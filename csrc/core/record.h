@@ -17,12 +17,16 @@ enum class Collective : uint8_t {
   kReduceScatter,
   kScatter,
   kAllToAll,
+  kReduceBucket,
+  kMeasureBucket,
+  kUpdateBucket,
   kBarrier
 };
 
 constexpr const char* name(Collective c) {
-  constexpr const char* names[] = {"all_reduce",     "reduce",  "broadcast",  "all_gather", "gather",
-                                   "reduce_scatter", "scatter", "all_to_all", "barrier"};
+  constexpr const char* names[] = {"all_reduce",    "reduce",         "broadcast",     "all_gather",
+                                   "gather",        "reduce_scatter", "scatter",       "all_to_all",
+                                   "reduce_bucket", "measure_bucket", "update_bucket", "barrier"};
   return names[static_cast<int>(c)];
 }
 
@@ -42,6 +46,11 @@ constexpr bool has_root(Collective c) {
 }
 constexpr bool reduces(Collective c) {
   return c == Collective::kAllReduce || c == Collective::kReduce || c == Collective::kReduceScatter;
+}
+
+// Work on shards of a gradient bucket (algorithms/shards.h).
+constexpr bool of_bucket(Collective c) {
+  return c == Collective::kReduceBucket || c == Collective::kMeasureBucket || c == Collective::kUpdateBucket;
 }
 
 constexpr uint64_t kNotMapped = ~uint64_t{0};  // an offset that says: not in my heap, read it from my slot

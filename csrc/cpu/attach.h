@@ -18,6 +18,7 @@
 
 #include "core/layout.h"
 #include "cpu/liveness.h"
+#include "cpu/names.h"
 #include "cpu/os.h"
 #include "cpu/recorder.h"
 
@@ -75,6 +76,7 @@ static_assert(sizeof(Control) <= Geometry::kControlBytes);
 
 struct Attachment {
   int rank = 0;
+  Names names;
   std::string id;    // of the communicator, the same on all ranks
   Instant origin{};  // before anything of it was recorded
   Geometry geometry{};
@@ -97,7 +99,7 @@ struct Attachment {
 
 // Throws Error: kTimeout naming the ranks that did not come, kUnsupported if some ranks cannot share memory.
 // `interrupt` is called now and then and may throw.
-std::shared_ptr<Attachment> attach(Store& store, int rank, int world, const Config& config, Clock::time_point deadline,
-                                   const std::function<void()>& interrupt);
+std::shared_ptr<Attachment> attach(Store& store, int rank, int world, const Config& config, const Names& names,
+                                   Clock::time_point deadline, const std::function<void()>& interrupt);
 
 }  // namespace pycoll::cpu

@@ -24,7 +24,13 @@ std::span<const std::byte> too_large_to_cache(const Call& call, int world) {
   return {static_cast<const std::byte*>(call.out), out};
 }
 
-void check_algorithm(const Call& call) {
+void check_call(const Call& call, const Heap& heap) {
+  if (of_bucket(call.collective)) {
+    const auto mapped = [&](const void* p) { return heap.offset_of(p, 1) != kNotMapped; };
+    if (!mapped(call.in) || (call.out != nullptr && !mapped(call.out))) {
+      throw Error(ErrorKind::kUsage, "pycoll: a bucket's memory must come from this communicator's empty()");
+    }
+  }
   if (!call.algorithm || call.meeting) return;
   dispatch_call(call.collective, *call.algorithm, [&](auto tag) {
     if constexpr (requires { typename decltype(tag)::type::OnlyOnGpus; }) {

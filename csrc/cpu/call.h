@@ -12,6 +12,7 @@
 #include "cpu/elsewhere.h"
 #include "cpu/heap.h"
 #include "cpu/recorder.h"
+#include "cpu/shard_work.h"
 
 namespace pycoll::cpu {
 
@@ -35,6 +36,7 @@ struct Call {
   // Memory that the CPU does not move (cpu/elsewhere.h): at most one of the two. They outlive the call.
   Mover* mover = nullptr;
   Meeting* meeting = nullptr;
+  const ShardWork* work = nullptr;  // of a bucket, whose memory lies in the heap; outlives the call
 };
 
 InOut all_to_all_elements(const Call& call, int world);  // the sums of its counts
@@ -47,8 +49,8 @@ inline InOut elements_of(const Call& call, int world) {  // of its input and out
 // ranks do not fit there together.
 std::span<const std::byte> too_large_to_cache(const Call& call, int world);
 
-// Throws Error (kUnsupported) for an algorithm that the CPU has not.
-void check_algorithm(const Call& call);
+// Throws Error for an algorithm that the CPU has not, and for a bucket that peers cannot reach.
+void check_call(const Call& call, const Heap& heap);
 
 // Whether peers may read or write tensors in place in this call, of which `records` are those of all ranks.
 bool reaches_into_tensors(const CallRecord& mine, const std::vector<CallRecord>& records);

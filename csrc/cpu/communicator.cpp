@@ -5,55 +5,45 @@
 #include <mutex>
 #include <thread>
 
-#include "algorithms/call.h"
 #include "cpu/call.h"
-#include "cpu/executor.h"
+#include "cpu/collectives.h"
 #include "cpu/heap.h"
-#include "cpu/lanes.h"
 #include "cpu/mail_office.h"
-#include "cpu/mismatch.h"
 #include "cpu/queue.h"
 #include "cpu/trace.h"
 
 namespace pycoll::cpu {
 
 struct Communicator::Impl {
+  const Names names;                       // also when it is closed
   std::shared_ptr<Attachment> attachment;  // none once closed; used in a call of the queue, or under `mapped`
   std::mutex mapped;
   std::shared_ptr<Heap> heap;
   PeerTable table;
   Watch watch;
   Tracer tracer;
-  Recorder recorder, launches;
-  int spins;
-  std::vector<WindowState> windows;
-  std::vector<std::unique_ptr<ChannelLinks>> links;
-  std::vector<CallRecord> records;
-  uint64_t sequence = 0;
+  Recorder launches;
   const uint64_t generation = fork_generation();
   std::atomic<bool> closed{false};
   std::mutex closing;
   std::function<void()> last;  // see on_close
   Queue queue;
-  Lanes lanes;
+  Collectives collectives;
   std::shared_ptr<PostOffice> office;
   Mail mail;
 
-  Impl(std::shared_ptr<Attachment> a, std::chrono::milliseconds timeout, const std::string& name)
-      : attachment(std::move(a)),
+  Impl(std::shared_ptr<Attachment> a, std::chrono::milliseconds timeout)
+      : names(a->names),
+        attachment(std::move(a)),
         heap(std::make_shared<Heap>(attachment->table().heap(attachment->rank), attachment->geometry.heap_bytes)),
         table(attachment->table()),
         watch(*attachment, timeout),
-        tracer(*attachment, watch, name),
-        recorder(attachment->control(attachment->rank).journals[kCalls]),
+        tracer(*attachment, watch),
         launches(attachment->control(attachment->rank).journals[kLaunches]),
-        spins(attachment->spins()),
-        windows(table.geometry.channels),
-        records(table.geometry.world),
-        office(std::make_shared<PostOffice>(*attachment, watch, spins, &queue)),
+        collectives(*attachment, *heap, watch),
+        office(std::make_shared<PostOffice>(*attachment, watch, attachment->spins(), queue)),
         mail(office) {
     watch.on_failure([this](const Error& error) { tracer.tell_failure(error); });
-    for (int c = 0; c < table.geometry.channels; ++c) links.push_back(std::make_unique<ChannelLinks>(table, c));
   }
 
   int rank() const { return table.rank; }
@@ -70,133 +60,18 @@ struct Communicator::Impl {
 
   void check(const Call& call) const {
     check_open();
-    check_algorithm(call);
+    check_call(call, *heap);
   }
 
   void take(const Turn& turn, bool in_caller) {
     watch.throw_if_failed();
     const Runner runner(*this, in_caller);
-    if (const std::exception_ptr failure = guarded([&] { turn(runner); })) std::rethrow_exception(failure);
-  }
-
-  void execute(const Call& call, bool in_caller) {
-    watch.throw_if_failed();
-    const CallRecord mine = record_of(call, sequence, world(), *heap, attachment->one_shot_max_bytes);
-    ++sequence;
-    // Alone, or where the CPU moves nothing, one does it all.
-    const int channels = world() == 1 || call.mover || call.meeting ? 1 : channels_for(mine);
-    const uint64_t entry = recorder.begin(entry_of(call, mine, world(), channels, in_caller));
-    std::exception_ptr failure = guarded([&] { collective(call, mine, channels, in_caller); });
-    const std::exception_ptr other = lanes.join([&] {
-      const std::exception_ptr interrupted = in_caller ? guarded(check_interrupt) : nullptr;
-      if (interrupted && !failure) failure = interrupted;
-    });
-    if (!failure) failure = other;
-    if (failure && call.meeting) {  // the others know of it by now
-      const std::lock_guard not_in_use(meeting_lock());
-    }
-    // A rank that failed may have used its tensors again while this one still read them (F5).
-    if (!failure && reaches_into_tensors(mine, records)) failure = guarded([&] { watch.throw_if_any_rank_failed(); });
-    recorder.end(entry, failure != nullptr);
-    if (failure) std::rethrow_exception(failure);
-  }
-
-  // Whatever goes wrong is told to the peers, and to this rank's other lanes, at once; it ends the communicator.
-  template <class F>
-  std::exception_ptr guarded(const F& f) const {
-    try {
-      f();
-      return nullptr;
-    } catch (...) {
-      return watch.fail(std::current_exception(), "in a collective");
-    }
-  }
-
-  void collective(const Call& call, const CallRecord& mine, int channels, bool in_caller) {
-    const Operation op{static_cast<const std::byte*>(call.in),
-                       static_cast<std::byte*>(call.out),
-                       size_of(call.dtype),
-                       rank(),
-                       world(),
-                       {},
-                       call.send_counts,
-                       call.recv_counts};
-    const auto timeout = call.timeout.count() > 0 ? call.timeout : watch.timeout();
-    const auto streamed = too_large_to_cache(call, world());
-    // The entry: on channel 0, with the record; the other channels start when it has passed.
-    const auto enter = [&](Window<Executor>& w) {
-      table.barrier_cell(rank(), 0, windows[0].epoch + 1).record = mine;
-      w.barrier();
-      compare_records(mine);
-      if (channels > 1) lanes.start(channels, [=, this](int c) { run_lane(c, channels, mine, op, timeout, streamed); });
-      return true;
-    };
-    Executor exec = executor(mine, timeout, in_caller, call.mover, streamed);
-    if (call.meeting) return meet(exec, op, mine, *call.meeting, enter);
-    run_channel(exec, op, 0, channels, mine, enter);
-  }
-
-  void run_lane(int channel, int channels, const CallRecord& mine, const Operation& op,
-                std::chrono::milliseconds timeout, std::span<const std::byte> streamed) {
-    const std::exception_ptr failure = guarded([&] {
-      Executor exec = executor(mine, timeout, /*in_caller=*/false, /*mover=*/nullptr, streamed);
-      const auto enter = [](Window<Executor>& w) { return w.barrier(); };
-      run_channel(exec, op, channel, channels, mine, enter);
-    });
-    if (failure) std::rethrow_exception(failure);
-  }
-
-  template <class Enter>
-  void run_channel(Executor& exec, const Operation& op, int channel, int channels, const CallRecord& mine,
-                   const Enter& enter) {
-    dispatch_call(mine.collective, mine.algorithm, [&](auto tag) {
-      using A = typename decltype(tag)::type;
-      if constexpr (!requires { typename A::OnlyOnGpus; }) {  // see check()
-        run_call<A>(exec, op, table, channel, channels, *links[channel], windows[channel], records.data(), mine, enter);
-      }
-    });
-  }
-
-  // Held by rank 0 while it uses what is the other ranks', all of this process; and by who fails before it goes.
-  static std::mutex& meeting_lock() {
-    static auto* lock = new std::mutex;
-    return *lock;
-  }
-
-  // All ranks' tensors are known after the entry; nobody goes on before rank 0 has run the call for all.
-  template <class Enter>
-  void meet(Executor& exec, Operation op, const CallRecord& mine, Meeting& meeting, const Enter& enter) {
-    Window<Executor> w(exec, op, table, 0, windows[0], records.data(), mine);
-    enter(w);
-    if (rank() == 0) {
-      const std::lock_guard all_stay(meeting_lock());
-      watch.throw_if_any_rank_failed();  // its call and its tensors may be gone
-      std::vector<const Call*> calls;
-      for (const CallRecord& r : records) calls.push_back(reinterpret_cast<const Call*>(r.in_offset));
-      meeting.run(calls);
-    }
-    w.barrier();
-  }
-
-  Executor executor(const CallRecord& mine, std::chrono::milliseconds timeout, bool in_caller, Mover* mover,
-                    std::span<const std::byte> streamed) const {
-    return Executor(Waiter(watch, timeout, spins, in_caller), mine.dtype, mine.op, world(), mover, streamed);
-  }
-
-  int channels_for(const CallRecord& r) const {
-    const InOut elements = elements_of(r.collective, r.count, world());
-    const size_t bytes = std::max(elements.in, elements.out) * size_of(r.dtype);
-    return static_cast<int>(std::clamp<size_t>(bytes / attachment->channel_min_bytes, 1, table.geometry.channels));
-  }
-
-  void compare_records(const CallRecord& mine) {
-    for (int r = 0; r < world(); ++r) records[r] = table.barrier_cell(r, 0, windows[0].epoch).record;
-    throw_if_different(records, mine);
+    if (const std::exception_ptr failure = collectives.guarded([&] { turn(runner); })) std::rethrow_exception(failure);
   }
 
   void close() {
     if (Queue::serves(&queue)) {  // a handler or a callback: end the call; who owns the communicator closes it later
-      return give_up("pycoll: rank " + std::to_string(rank()) + " closed the communicator within a collective");
+      return give_up("pycoll: " + names.rank(rank()) + " closed the communicator within a collective");
     }
     const std::lock_guard guard(closing);
     if (closed) return;
@@ -206,7 +81,7 @@ struct Communicator::Impl {
     };
     queue.stop(interrupt);
     office->close(interrupt);
-    lanes.stop();
+    collectives.stop();
     if (last) std::exchange(last, nullptr)();
     closed = true;
     tracer.tell_closed();
@@ -224,7 +99,7 @@ struct Communicator::Impl {
       check_interrupt();
       return nullptr;
     } catch (...) {
-      give_up("pycoll: rank " + std::to_string(rank()) + " was interrupted " + doing);
+      give_up("pycoll: " + names.rank(rank()) + " was interrupted " + doing);
       return std::current_exception();
     }
   }
@@ -240,14 +115,18 @@ struct Communicator::Impl {
 };
 
 Communicator::Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout,
-                           const std::string& name) {
+                           const Names& names) {
   if (world < 1 || rank < 0 || rank >= world) {
     throw Error(ErrorKind::kUsage,
                 "pycoll: rank " + std::to_string(rank) + " is not in a world of " + std::to_string(world));
   }
+  if (!names.global_ranks.empty() && names.global_ranks.size() != static_cast<size_t>(world)) {
+    throw Error(ErrorKind::kUsage, "pycoll: " + std::to_string(names.global_ranks.size()) +
+                                       " global ranks were given for a world of " + std::to_string(world));
+  }
   const std::shared_ptr<Attachment> attachment =
-      attach(store, rank, world, config, Clock::now() + timeout, check_interrupt);
-  impl_ = std::make_unique<Impl>(attachment, timeout, name);
+      attach(store, rank, world, config, names, Clock::now() + timeout, check_interrupt);
+  impl_ = std::make_unique<Impl>(attachment, timeout);
   run({.collective = Collective::kBarrier});  // when all have mapped all, what was in the store has served
   for (const std::string& key : attachment->store_keys) store.erase(key);
 }
@@ -273,7 +152,7 @@ Communicator::~Communicator() {
   }
 }
 
-void Communicator::Runner::operator()(const Call& call) const { impl_.execute(call, in_caller_); }
+void Communicator::Runner::operator()(const Call& call) const { impl_.collectives.execute(call, in_caller_); }
 
 void Communicator::check(const Call& call) const { impl_->check(call); }
 
@@ -373,6 +252,7 @@ std::shared_ptr<void> Communicator::allocate(size_t bytes) {
 
 int Communicator::rank() const { return impl_->rank(); }
 int Communicator::world() const { return impl_->world(); }
+const Names& Communicator::names() const { return impl_->names; }
 bool Communicator::closed() const { return impl_->closed; }
 const Geometry& Communicator::geometry() const { return impl_->table.geometry; }
 size_t Communicator::footprint() const {

@@ -19,9 +19,9 @@ class Communicator {
   struct Impl;
 
  public:
-  // Meets the other ranks through the store; returns when all have attached. Throws Error. `name`: for people.
+  // Meets the other ranks through the store; returns when all have attached. Throws Error.
   Communicator(Store& store, int rank, int world, const Config& config, std::chrono::milliseconds timeout,
-               const std::string& name = "communicator");
+               const Names& names = {});
   ~Communicator();  // as close()
 
   // What runs without others of this rank between: collectives, and what belongs before, between and after them.
@@ -87,6 +87,7 @@ class Communicator {
 
   int rank() const;
   int world() const;
+  const Names& names() const;
   bool closed() const;
   const Geometry& geometry() const;
   // Bytes of memory this rank has given: scratch, lanes as far as they have been used, and messages that lie aside, until

@@ -12,6 +12,7 @@
 #include "cpu/error.h"
 #include "cpu/kernels.h"
 #include "cpu/mismatch.h"
+#include "cpu/shard_work.h"
 #include "cpu/wait.h"
 
 namespace pycoll::cpu {
@@ -53,8 +54,10 @@ class Executor {
     const auto at = reinterpret_cast<uintptr_t>(dst) - reinterpret_cast<uintptr_t>(streamed_.data());
     (at < streamed_.size() ? kernels_.stream : kernels_.copy)(dst, src, bytes);
   }
+  void work(const void* const* in, void* const* out) const { work_->run(in, out); }
+  void set_work(const ShardWork* work) { work_ = work; }
   void report_counts(int from, int to, uint64_t sent, uint64_t expected) const {
-    throw Error(ErrorKind::kMismatch, counts_text(from, to, sent, expected), from);
+    throw Error(ErrorKind::kMismatch, counts_text(from, to, sent, expected, waiter_.names()), from);
   }
   const void** sources() { return const_cast<const void**>(pointers_.data()); }
   void** destinations() { return pointers_.data() + world_ + 1; }
@@ -74,6 +77,7 @@ class Executor {
   std::vector<void*> pointers_;
   std::vector<uint64_t> units_;  // none until asked for
   const int world_;
+  const ShardWork* work_ = nullptr;
 };
 
 }  // namespace pycoll::cpu

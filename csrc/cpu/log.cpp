@@ -36,9 +36,9 @@ bool logs(LogLevel level) {
   return level >= least;
 }
 
-void write_log(LogLevel level, int rank, int world, const std::string& text) {
-  write_line("pycoll [rank " + std::to_string(rank) + " of " + std::to_string(world) + ", " + std::to_string(getpid()) +
-             "] " + kNames[static_cast<int>(level)] + ": " + text);
+void write_log(LogLevel level, const Names& names, int rank, int world, const std::string& text) {
+  write_line("pycoll [" + names.rank(rank) + " of " + std::to_string(world) + ", " + std::to_string(getpid()) + "] " +
+             kNames[static_cast<int>(level)] + ": " + text);
 }
 
 }  // namespace pycoll::cpu

@@ -4,17 +4,20 @@
 
 #include <string>
 
+#include "cpu/names.h"
+
 namespace pycoll::cpu {
 
 enum class LogLevel { kDebug, kInfo, kWarning, kError };
 
 bool logs(LogLevel level);  // so that nobody makes a text for nothing
-void write_log(LogLevel level, int rank, int world, const std::string& text);  // whatever the level
+// Whatever the level.
+void write_log(LogLevel level, const Names& names, int rank, int world, const std::string& text);
 
 // `text()`, if it is to be said.
 template <class Text>
-void log(LogLevel level, int rank, int world, const Text& text) {
-  if (logs(level)) write_log(level, rank, world, text());
+void log(LogLevel level, const Names& names, int rank, int world, const Text& text) {
+  if (logs(level)) write_log(level, names, rank, world, text());
 }
 
 }  // namespace pycoll::cpu

@@ -28,7 +28,7 @@ Request Mail::receive(const Message& message, Done done) {
 // ---- the postman ----
 
 void PostOffice::deliver() {
-  const Queue::Inside inside(turns_);
+  const Queue::Inside inside(&calls_);
   std::unique_lock held(mutex_);
   for (;;) {
     park(held);

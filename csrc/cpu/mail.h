@@ -13,7 +13,7 @@
 
 namespace pycoll::cpu {
 
-struct Letter;     // cpu/mail_lane.h
+struct Letter;     // cpu/mail_letter.h
 class PostOffice;  // cpu/mail_office.h
 
 constexpr int kAnySource = -1;

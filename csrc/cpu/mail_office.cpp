@@ -4,20 +4,12 @@
 #include <string>
 
 #include "core/atomic.h"
-#include "cpu/queue.h"
 
 namespace pycoll::cpu {
 
 namespace {
 
 std::exception_ptr as_failure(const Error& error) { return std::make_exception_ptr(error); }
-
-std::string describe(const Letter& letter) {
-  const Message& m = letter.message;
-  const std::string who = m.peer == kAnySource ? "any rank" : "rank " + std::to_string(m.peer);
-  return std::string(letter.outgoing ? "in send(to " : "in receive(from ") + who + ", tag " + std::to_string(m.tag) +
-         ")";
-}
 
 }  // namespace
 
@@ -50,14 +42,14 @@ PostOffice::Lock::Lock(PostOffice& office, std::try_to_lock_t) : held(office.mut
   if (office.wanting_.load(std::memory_order_relaxed) == 0) (void)held.try_lock();
 }
 
-PostOffice::PostOffice(const Attachment& attachment, const Watch& watch, int spins, const void* turns)
+PostOffice::PostOffice(const Attachment& attachment, const Watch& watch, int spins, const Queue& calls)
     : a_(attachment),
       watch_(watch),
       table_(attachment.table()),
       rank_(attachment.rank),
       world_(attachment.geometry.world),
       spins_(spins),
-      turns_(turns),
+      calls_(calls),
       bell_(attachment.control(rank_).doorbell),
       lanes_(world_),
       matching_(world_),
@@ -85,10 +77,18 @@ void PostOffice::check(const Message& m, bool outgoing) const {
   if (m.tag < 0) throw Error(ErrorKind::kUsage, what + "tag " + std::to_string(m.tag) + " is negative");
 }
 
+std::string PostOffice::describe(const Letter& letter) const {
+  const Message& m = letter.message;
+  const std::string who = m.peer == kAnySource ? "any rank" : a_.names.rank(m.peer);
+  return std::string(letter.outgoing ? "in send(to " : "in receive(from ") + who + ", tag " + std::to_string(m.tag) +
+         ")";
+}
+
 PostOffice::Lanes& PostOffice::lanes(int peer) {
   if (!lanes_[peer]) {
     const Pair pair{rank_,
                     peer,
+                    a_.names,
                     table_.mailbox(peer, rank_),
                     table_.mailbox(rank_, peer),
                     a_.control(peer).doorbell,
@@ -104,7 +104,7 @@ Request PostOffice::start(const Message& message, bool outgoing, Mail::Done done
   Mail::Done at_once;
   {
     const Lock lock(*this);
-    if (closing_) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
+    if (closing_ || calls_.refuses()) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
     watch_.throw_if_failed();
     if (outgoing && load_acquire(a_.control(message.peer).departed) != 0) {
       watch_.throw_failure_of(message.peer);
@@ -197,7 +197,7 @@ void PostOffice::fail(const std::exception_ptr& failure) {
   } catch (const Error& e) {
     (void)watch_.fail(e);
   } catch (const std::exception& e) {
-    const std::string why = "pycoll: a message of rank " + std::to_string(rank_) + " failed: " + e.what();
+    const std::string why = "pycoll: a message of " + a_.names.rank(rank_) + " failed: " + e.what();
     (void)watch_.fail(Error(ErrorKind::kError, why, rank_));
   }
   try {
@@ -273,7 +273,7 @@ void PostOffice::wait(Letter& letter, std::optional<std::chrono::milliseconds> t
 // with the communicator.
 void PostOffice::let_interrupts_in(const Letter& letter, std::exception_ptr& interrupted) {
   if (interrupted) return;
-  const Queue::Inside inside(turns_);  // handlers make no collectives, and do not wait here for this very thread to go
+  const Queue::Inside inside(&calls_);  // handlers make no collectives, and do not wait here for this very thread to go
   try {
     check_interrupt();
   } catch (...) {
@@ -290,7 +290,7 @@ void PostOffice::overdue(const Letter& letter, std::optional<std::chrono::millis
   const int peer = letter.source >= 0 ? letter.source : letter.message.peer;
   if (!given) return fail(as_failure(watch_.late(peer, watch_.timeout(), " " + describe(letter))));
   throw Error(ErrorKind::kTimeout,
-              "pycoll: rank " + std::to_string(rank_) + " waited " + describe(letter) + " for the " +
+              "pycoll: " + a_.names.rank(rank_) + " waited " + describe(letter) + " for the " +
                   std::to_string(given->count()) + " ms given to wait(); it goes on",
               peer);
 }

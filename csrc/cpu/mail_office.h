@@ -13,16 +13,18 @@
 
 #include "core/atomic.h"
 #include "core/layout.h"
-#include "cpu/mail_lane.h"
+#include "cpu/mail_inbox.h"
+#include "cpu/mail_outbox.h"
 #include "cpu/mail_pace.h"
+#include "cpu/queue.h"
 #include "cpu/wait.h"
 
 namespace pycoll::cpu {
 
 class PostOffice : public std::enable_shared_from_this<PostOffice> {
  public:
-  // What it refers to lives until close() has returned. `turns`: Communicator::turns.
-  PostOffice(const Attachment& attachment, const Watch& watch, int spins, const void* turns);
+  // What it refers to lives until close() has returned. `calls`: the collectives of the communicator.
+  PostOffice(const Attachment& attachment, const Watch& watch, int spins, const Queue& calls);
   ~PostOffice();
 
   Request start(const Message& message, bool outgoing, Mail::Done done);
@@ -52,6 +54,7 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
   };
 
   void check(const Message& message, bool outgoing) const;
+  std::string describe(const Letter& letter) const;
   void check_fork() const;
   Lanes& lanes(int peer);
 
@@ -88,7 +91,7 @@ class PostOffice : public std::enable_shared_from_this<PostOffice> {
   const Watch& watch_;
   const PeerTable table_;
   const int rank_, world_, spins_;
-  const void* const turns_;
+  const Queue& calls_;  // once closed, no more than an address
   const uint64_t generation_ = fork_generation();
   Doorbell& bell_;
 

@@ -22,7 +22,7 @@ std::string describe(const CallRecord& r) {
 
 }  // namespace
 
-std::string mismatch_text(const std::vector<CallRecord>& records) {
+std::string mismatch_text(const std::vector<CallRecord>& records, const Names& names) {
   // Shapes are told apart only where nothing else differs: a record holds no more than a hash of them.
   const bool shapes = std::all_of(records.begin(), records.end(), [&](CallRecord r) {
     r.shape = records[0].shape;
@@ -38,22 +38,20 @@ std::string mismatch_text(const std::vector<CallRecord>& records) {
   }
   std::string text = "pycoll: ranks make different calls:";
   for (const auto& [call, ranks] : callers) {
-    text += (text.back() == ':' ? " rank " : "; rank ");
-    for (size_t i = 0; i < ranks.size() && i < 8; ++i) text += (i ? "," : "") + std::to_string(ranks[i]);
-    text += (ranks.size() > 8 ? ",... " : " ") + call;
+    text += (text.back() == ':' ? " rank " : "; rank ") + names.numbers(ranks, ",", 8) + " " + call;
   }
   return text + ". All ranks must make the same calls in the same order";
 }
 
-void throw_if_different(const std::vector<CallRecord>& records, const CallRecord& mine) {
+void throw_if_different(const std::vector<CallRecord>& records, const CallRecord& mine, const Names& names) {
   const bool same =
       std::all_of(records.begin(), records.end(), [&](const CallRecord& r) { return same_call(r, mine); });
-  if (!same) throw Error(ErrorKind::kMismatch, mismatch_text(records));
+  if (!same) throw Error(ErrorKind::kMismatch, mismatch_text(records, names));
 }
 
-std::string counts_text(int from, int to, uint64_t sent, uint64_t expected) {
-  return "pycoll: all_to_all: rank " + std::to_string(from) + " sends " + std::to_string(sent) + " elements to rank " +
-         std::to_string(to) + ", which expects " + std::to_string(expected);
+std::string counts_text(int from, int to, uint64_t sent, uint64_t expected, const Names& names) {
+  return "pycoll: all_to_all: " + names.rank(from) + " sends " + std::to_string(sent) + " elements to " +
+         names.rank(to) + ", which expects " + std::to_string(expected);
 }
 
 }  // namespace pycoll::cpu

@@ -36,7 +36,7 @@ bool Queue::serves(const Queue* queue) { return inside(queue) || queue->is_worke
 
 bool Queue::begin() {
   const std::lock_guard guard(lock_);
-  if (busy_ || !jobs_.empty() || (ending_ && !is_worker())) return false;
+  if (busy_ || !jobs_.empty() || refuses()) return false;
   return busy_ = true;
 }
 
@@ -78,7 +78,7 @@ void Queue::run_queued(std::function<void(bool)> call, const std::function<void(
 
 void Queue::enqueue(std::function<void(bool)> call, Done done) {
   const std::lock_guard guard(lock_);
-  if (ending_ && !is_worker()) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
+  if (refuses()) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
   need_worker();  // first, since it may fail
   jobs_.push_back({std::move(call), std::move(done)});
   changed_.notify_all();

@@ -5,6 +5,7 @@
 // waits for later ones itself, another worker goes on: see hand_on().
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -48,6 +49,9 @@ class Queue {
   // Runs what is queued, also by a `done`, then ends the workers. `interrupt` is called about every 20 ms; it must not throw.
   void stop(const std::function<void()>& interrupt);
 
+  // Whether a call of this thread would be refused: stop() has begun, and this is none of its workers.
+  bool refuses() const { return ending_ && !is_worker(); }
+
   // Whether this thread is inside a call of `queue` (compared, not looked into): a signal handler that runs in a wait,
   // or `done` before hand_on(). It must neither run, nor stop, nor wait for a later call.
   static bool inside(const void* queue);
@@ -78,8 +82,8 @@ class Queue {
   std::mutex lock_;
   std::condition_variable changed_;
   std::deque<Job> jobs_;
-  bool busy_ = false;  // some thread runs a call
-  bool ending_ = false;
+  bool busy_ = false;                   // some thread runs a call
+  std::atomic<bool> ending_{false};     // set under the lock
   size_t running_ = 0, away_ = 0;       // workers: not ended; in a `done` that has handed on
   std::vector<std::thread> workers_;    // all that have not been joined
   std::vector<std::thread::id> spare_;  // of them: those that have ended before the queue

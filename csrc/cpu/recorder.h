@@ -1,5 +1,5 @@
 // The flight recorder: what a rank has done last, in memory that its peers map, so that whoever survives can read what a
-// killed or hung rank was doing (csrc/README.md, R1 to R4). A call costs two looks at a clock and a cache line.
+// killed or hung rank was doing (csrc/README.md, R1 to R5). A call costs two looks at a clock and a cache line.
 #pragma once
 
 #include <cstdint>
@@ -50,6 +50,9 @@ struct Entry {
   ReduceOp op{};
   uint8_t channels = 0;
   uint8_t flags = 0;
+
+  // Of a call, the elements of one rank's tensor; of a message, all of it.
+  uint64_t bytes() const { return deed == Deed::kSend || deed == Deed::kReceive ? count : count * size_of(dtype); }
 };
 
 // The last entries of one writer. Zeroed memory is an empty journal.
@@ -63,6 +66,18 @@ struct Journal {
   };
   Place places[kEntries];
 
+  // What all entries of one sort come to, also those that others have overwritten.
+  enum Sort : uint8_t { kSend = static_cast<int>(Collective::kBarrier) + 1, kReceive, kSorts };  // or a collective
+  struct Total {
+    uint64_t calls;
+    uint64_t bytes;
+    uint64_t ticks;  // from begin to end
+  };
+  Total totals[kSorts];
+
+  static int sort_of(Deed deed, Collective collective) {
+    return deed == Deed::kSend ? kSend : deed == Deed::kReceive ? kReceive : static_cast<int>(collective);
+  }
   static uint64_t peer_and_tag(int32_t peer, int32_t tag) {
     return static_cast<uint32_t>(peer) | static_cast<uint64_t>(static_cast<uint32_t>(tag)) << 32;
   }
@@ -96,12 +111,20 @@ class Recorder {
     store_release(at[Journal::kPeerAndTag], Journal::peer_and_tag(e.peer, e.tag));
     store_release(at[Journal::kKinds], Journal::kinds(e));
     store_release(at[Journal::kVersion], 2 * n);
+    Journal::Total& total = journal_.totals[Journal::sort_of(e.deed, e.collective)];
+    add(total.calls, 1);
+    add(total.bytes, e.bytes());
     return n;
   }
 
   void end(uint64_t n, bool failed) {
     if (!is_there(n)) return;
-    store_release(words(n)[Journal::kEnd], ticks() | (failed ? Journal::kFailed : 0));
+    uint64_t* const at = words(n);
+    const uint64_t now = ticks();
+    store_release(at[Journal::kEnd], now | (failed ? Journal::kFailed : 0));
+    const uint64_t kinds = load_relaxed(at[Journal::kKinds]);
+    const int sort = Journal::sort_of(static_cast<Deed>(kinds & 0xff), static_cast<Collective>(kinds >> 8 & 0xff));
+    if (sort < Journal::kSorts) add(journal_.totals[sort].ticks, now - load_relaxed(at[Journal::kBegin]));
   }
 
   // Of a receive from any, before it ends.
@@ -112,6 +135,7 @@ class Recorder {
   uint64_t count() const { return last_; }  // of entries begun
 
  private:
+  static void add(uint64_t& total, uint64_t more) { store_relaxed(total, load_relaxed(total) + more); }
   uint64_t* words(uint64_t n) { return journal_.places[n % Journal::kEntries].words; }
   // So many may have begun since that another has its place.
   bool is_there(uint64_t n) { return load_relaxed(words(n)[Journal::kVersion]) == 2 * n; }
@@ -137,6 +161,7 @@ class Timebase {
  public:
   Timebase(Instant a, Instant b) : a_(a), b_(b) {}
   int64_t ns(uint64_t ticks) const;
+  int64_t span(uint64_t ticks) const { return ns(a_.ticks + ticks) - a_.ns; }
 
  private:
   const Instant a_, b_;

@@ -91,6 +91,25 @@ void write_journals(Json& json, const Seen& seen, int world, const Timebase& tim
   }
 }
 
+// Messages and collectives have names of their own; a launch is a collective on a GPU.
+void write_totals(Json& json, const Journal (&journals)[kJournals], const Timebase& time) {
+  json.key("totals").open('{');
+  for (int sort = 0; sort < Journal::kSorts; ++sort) {
+    Journal::Total sum{};
+    for (const Journal& journal : journals) {
+      const Journal::Total& t = journal.totals[sort];
+      sum.calls += load_relaxed(t.calls), sum.bytes += load_relaxed(t.bytes), sum.ticks += load_relaxed(t.ticks);
+    }
+    if (sum.calls == 0) continue;
+    json.key(sort == Journal::kSend      ? "send"
+             : sort == Journal::kReceive ? "recv"
+                                         : name(static_cast<Collective>(sort)));
+    json.open('{').key("calls").value(sum.calls).key("bytes").value(sum.bytes);
+    json.key("ns").value(time.span(sum.ticks)).close('}');
+  }
+  json.close('}');
+}
+
 // What of a name may be in a file's.
 std::string as_file_name(const std::string& name) {
   std::string plain;
@@ -115,8 +134,7 @@ void write_all(const Fd& file, const std::string& path, const std::string& text)
 
 }  // namespace
 
-Tracer::Tracer(const Attachment& attachment, const Watch& watch, std::string group)
-    : a_(attachment), watch_(watch), group_(std::move(group)) {
+Tracer::Tracer(const Attachment& attachment, const Watch& watch) : a_(attachment), watch_(watch) {
   if (const char* folder = std::getenv("PYCOLL_TRACE"); folder != nullptr && *folder != '\0') {
     std::error_code none;  // a path that cannot be made absolute cannot be written to either, which is said then
     folder_ = std::filesystem::absolute(folder, none).string();
@@ -124,12 +142,12 @@ Tracer::Tracer(const Attachment& attachment, const Watch& watch, std::string gro
   }
   const Geometry& g = a_.geometry;
   say(LogLevel::kInfo, [&] {
-    return "all ranks of " + group_ + " are here: " + std::to_string(g.channels) + " channels, " +
+    return "all ranks of " + a_.names.group + " are here: " + std::to_string(g.channels) + " channels, " +
            std::to_string(g.scratch_bytes() >> 10) + " KiB of scratch a rank";
   });
   say(LogLevel::kDebug, [&] {
-    return group_ + " has slots of " + std::to_string(g.slot_bytes) + " bytes, " + std::to_string(g.link_slots) +
-           " link buffers of " + std::to_string(g.link_bytes) + ", one-shot to " +
+    return a_.names.group + " has slots of " + std::to_string(g.slot_bytes) + " bytes, " +
+           std::to_string(g.link_slots) + " link buffers of " + std::to_string(g.link_bytes) + ", one-shot to " +
            std::to_string(a_.one_shot_max_bytes) + " bytes, a channel for each " +
            std::to_string(a_.channel_min_bytes) + ", and a heap of " + std::to_string(g.heap_bytes >> 20) + " MiB";
   });
@@ -161,7 +179,7 @@ std::string Tracer::trace() const {
   timespec wall;
   clock_gettime(CLOCK_REALTIME, &wall);
   Json json;
-  json.open('{').key("pycoll_trace").value(kFormat).key("communicator").value(a_.id).key("group").value(group_);
+  json.open('{').key("pycoll_trace").value(kFormat).key("communicator").value(a_.id).key("group").value(a_.names.group);
   json.key("rank").value(a_.rank).key("world_size").value(world);
   json.key("host").value(name_of_host()).key("pid").value(getpid());
   json.key("taken_ns").value(now.ns).key("unix_ns").value(int64_t{wall.tv_sec} * 1000000000 + wall.tv_nsec);
@@ -169,11 +187,14 @@ std::string Tracer::trace() const {
   json.key("ranks").open('[');
   for (int r = 0; r < world; ++r) {
     const Control& c = a_.control(r);
-    json.open('{').key("rank").value(r).key("pid").value(static_cast<int>(c.pid)).key("state").value(state_of_rank(r));
+    json.open('{').key("rank").value(r);
+    if (!a_.names.global_ranks.empty()) json.key("global_rank").value(a_.names.global_ranks[r]);
+    json.key("pid").value(static_cast<int>(c.pid)).key("state").value(state_of_rank(r));
     const int awaited = watch_.awaited_by(r, std::chrono::milliseconds::max());
     json.key("waits_for");
     awaited < 0 ? json.null() : json.value(awaited);
     write_error(json, failure_of(r));
+    write_totals(json, c.journals, time);
     write_journals(json, seen[r], world, time);
     json.close('}');
   }
@@ -184,7 +205,7 @@ std::string Tracer::trace() const {
 std::string Tracer::leave_file() const {
   const std::string text = trace();  // before anything else happens
   std::filesystem::create_directories(folder_);
-  const std::string begin = (std::filesystem::path(folder_) / as_file_name(group_)).string() + "-rank" +
+  const std::string begin = (std::filesystem::path(folder_) / as_file_name(a_.names.group)).string() + "-rank" +
                             std::to_string(a_.rank) + "-" + std::to_string(getpid());
   for (int i = 1; i < 100; ++i) {
     std::string path = begin;
@@ -210,12 +231,12 @@ void Tracer::tell_failure(const Error& error) const noexcept try {
   }
   // What somebody wanted, an abort or Ctrl-C, is no news.
   say(error.kind == ErrorKind::kError ? LogLevel::kInfo : LogLevel::kError,
-      [&] { return group_ + " has failed: " + name(error.kind) + ": " + error.what() + more; });
+      [&] { return a_.names.group + " has failed: " + name(error.kind) + ": " + error.what() + more; });
 } catch (...) {  // no memory
 }
 
 void Tracer::tell_closed() const {
-  say(LogLevel::kInfo, [&] { return group_ + " is closed"; });
+  say(LogLevel::kInfo, [&] { return a_.names.group + " is closed"; });
 }
 
 }  // namespace pycoll::cpu

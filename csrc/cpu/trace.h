@@ -15,8 +15,8 @@ namespace pycoll::cpu {
 
 class Tracer {
  public:
-  // `group`: the communicator's name, for people. What is referred to lives as long as this is used.
-  Tracer(const Attachment& attachment, const Watch& watch, std::string group);
+  // What is referred to lives as long as this is used.
+  Tracer(const Attachment& attachment, const Watch& watch);
 
   // As JSON (pycoll/trace/dump.py reads it): who asks, how it failed if it did, and of every rank, as this one sees it in
   // shared memory, what has become of it and its last calls, messages and launches. At most a few MiB, at 256 entries a rank some 100 KiB each. Any thread
@@ -30,7 +30,7 @@ class Tracer {
  private:
   template <class Text>
   void say(LogLevel level, const Text& text) const {
-    log(level, a_.rank, a_.geometry.world, text);
+    log(level, a_.names, a_.rank, a_.geometry.world, text);
   }
   std::optional<Error> failure_of(int rank) const;
   const char* state_of_rank(int rank) const;
@@ -38,7 +38,6 @@ class Tracer {
 
   const Attachment& a_;
   const Watch& watch_;
-  const std::string group_;
   std::string folder_;  // none: no files
 };
 

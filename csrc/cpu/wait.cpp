@@ -38,8 +38,7 @@ void Watch::throw_failure_of(int rank) const {
   if (load_acquire(c.failed) == 0) return;
   const auto patience = Clock::now() + kLongestSleep;
   while (load_acquire(c.failed) != 2) {  // being written, by a few stores
-    if (Clock::now() > patience)
-      throw Error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank) + " has failed", rank);
+    if (Clock::now() > patience) throw Error(ErrorKind::kError, "pycoll: " + a_.names.rank(rank) + " has failed", rank);
     relax();
   }
   throw Error(static_cast<ErrorKind>(c.kind), c.text, c.culprit);
@@ -105,10 +104,10 @@ Error Watch::lost(int rank, Fate fate) const {
   } catch (const Error& failure) {
     return failure;
   }
-  const std::string who = "pycoll: rank " + std::to_string(rank);
+  const std::string who = "pycoll: " + a_.names.rank(rank);
   if (fate == Fate::kDead) return Error(ErrorKind::kPeerLost, who + " is lost: its process has died", rank);
   return Error(ErrorKind::kPeerLost,
-               who + " has left: it closed its communicator while rank " + std::to_string(a_.rank) +
+               who + " has left: it closed its communicator while " + a_.names.rank(a_.rank) +
                    " still waits for it. Do all ranks make the same calls?",
                rank);
 }
@@ -124,10 +123,10 @@ Error Watch::late(int peer, std::chrono::milliseconds timeout, const std::string
     culprit = next;
   }
   const std::string who =
-      culprit < 0 ? "any rank: none came" : "rank " + std::to_string(culprit) + ", which is alive but did not come";
+      culprit < 0 ? "any rank: none came" : a_.names.rank(culprit) + ", which is alive but did not come";
   return Error(ErrorKind::kTimeout,
-               "pycoll: rank " + std::to_string(a_.rank) + " waited " + std::to_string(timeout.count()) + " ms" +
-                   doing + " for " + who + ". Did it make this call? Raise the timeout if it is slow",
+               "pycoll: " + a_.names.rank(a_.rank) + " waited " + std::to_string(timeout.count()) + " ms" + doing +
+                   " for " + who + ". Did it make this call? Raise the timeout if it is slow",
                culprit);
 }
 
@@ -158,7 +157,7 @@ std::exception_ptr Watch::fail(const std::exception_ptr& thrown, const std::stri
   } catch (const Error& e) {
     return std::make_exception_ptr(fail(e));
   } catch (...) {  // what a signal's handler threw, or no memory
-    const std::string why = "pycoll: rank " + std::to_string(a_.rank) + " was interrupted " + doing;
+    const std::string why = "pycoll: " + a_.names.rank(a_.rank) + " was interrupted " + doing;
     (void)fail(Error(ErrorKind::kError, why, a_.rank));
     return thrown;
   }

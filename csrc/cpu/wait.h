@@ -70,6 +70,7 @@ class Watch {
   // Whom a rank waits for, as it has said within the last `patience`; -1: nobody.
   int awaited_by(int rank, std::chrono::milliseconds patience) const;
 
+  const Names& names() const { return a_.names; }
   std::chrono::milliseconds timeout() const { return timeout_; }
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
 
@@ -103,6 +104,8 @@ class Waiter {
     const Awaited awaited{&cell, value, peer};
     if (!spin(awaited)) await_slowly({&awaited, 1});
   }
+
+  const Names& names() const { return watch_.names(); }
 
   // Until this rank's own GPU has moved what it was asked to.
   void await_moves(Mover& mover);

@@ -7,8 +7,6 @@
 
 namespace pycoll::bindings {
 
-using GlobalRanks = std::vector<uint64_t>;  // of a group, by rank in it; empty: the default group's, or not known
-
 // What torch asks of a group to make another like it; as a type of its own it can be copied from Python.
 struct BackendOptions : c10d::Backend::Options {
   explicit BackendOptions(std::chrono::milliseconds timeout) : c10d::Backend::Options("pycoll", timeout) {}
@@ -19,9 +17,8 @@ class Backend : public c10d::Backend {
   using Work = c10::intrusive_ptr<c10d::Work>;
   using TensorLists = std::vector<Tensors>;
 
-  Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& label,
-          const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds,
-          GlobalRanks global_ranks = {});
+  Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const cpu::Names& names,
+          const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds);
 
   // At the end of the interpreter: drains and closes the groups that are still there, while Python can still answer.
   static void close_all();
@@ -67,7 +64,7 @@ class Backend : public c10d::Backend {
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return calls_; }
   void setTimeout(std::chrono::milliseconds timeout) override { caller_.comm().set_timeout(timeout); }
-  void abort() override { caller_.comm().abort("pycoll: rank " + std::to_string(getRank()) + " aborted the group"); }
+  void abort() override { caller_.comm().abort("pycoll: " + caller_.name() + " aborted the group"); }
   void shutdown() override { caller_.comm().close(); }
 
   std::string trace() const { return caller_.comm().trace(); }
@@ -81,9 +78,9 @@ class Backend : public c10d::Backend {
   Work submit(c10d::OpType type, const char* title, const CallOptions& options, const MakeJob& make_job);
   Work mail(Mailing::Direction direction, const Tensors& tensors, int peer, int tag);
   Seat seat() const { return caller_.seat(); }
+  const std::vector<uint64_t>& global_ranks() const { return caller_.comm().names().global_ranks; }
 
   Caller caller_;
-  const GlobalRanks global_ranks_;
   std::atomic<uint64_t> calls_{0}, monitored_barriers_{0};
   // torch splits once for each device that a backend serves, on one store: it gets the same group each time.
   c10::intrusive_ptr<c10d::Store> split_on_;

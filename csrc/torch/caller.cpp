@@ -49,10 +49,10 @@ std::function<void(std::exception_ptr)> completing(const c10::intrusive_ptr<Work
 
 }  // namespace
 
-Caller::Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, const std::string& label,
-               int rank, int world, const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds) {
-  TorchStore keys(store, name);
-  comm_ = std::make_shared<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds), label);
+Caller::Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, const cpu::Names& names, int rank,
+               int world, const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds) {
+  TorchStore keys(store, key);
+  comm_ = std::make_shared<cpu::Communicator>(keys, rank, world, config, milliseconds(timeout_seconds), names);
   device_ = std::make_unique<DeviceSlot>(*comm_, cuda_config);
 }
 

@@ -15,12 +15,13 @@ namespace pycoll::bindings {
 
 class Caller {
  public:
-  // Meets the other ranks, under a name of its own on the store. `label`: what people are told that it is.
-  Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, const std::string& label, int rank,
+  // Meets the other ranks, under a key of its own on the store.
+  Caller(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, const cpu::Names& names, int rank,
          int world, const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds);
   ~Caller();  // closes; without Python's lock, which callbacks of futures may need
 
   Seat seat() const { return {comm_->rank(), comm_->world()}; }
+  std::string name() const { return comm_->names().rank(comm_->rank()); }  // of this rank, in texts
   cpu::Communicator& comm() const { return *comm_; }
   const std::shared_ptr<cpu::Communicator>& shared_comm() const { return comm_; }
   DeviceSlot& device() const { return *device_; }

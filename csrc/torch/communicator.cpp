@@ -3,6 +3,7 @@
 
 #include <torch/extension.h>
 
+#include "torch/bucket.h"
 #include "torch/caller.h"
 #include "torch/errors.h"
 #include "torch/modules.h"
@@ -13,9 +14,10 @@ namespace {
 
 class PyCommunicator {
  public:
-  PyCommunicator(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& name,
-                 const cpu::Config& config, const cpu::Config& cuda_config, double timeout_seconds)
-      : caller_(store, name, "communicator " + name, rank, world, config, cuda_config, timeout_seconds) {}
+  PyCommunicator(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, const std::string& key,
+                 const cpu::Names& names, const cpu::Config& config, const cpu::Config& cuda_config,
+                 double timeout_seconds)
+      : caller_(store, key, names, rank, world, config, cuda_config, timeout_seconds) {}
 
   using Handle = c10::intrusive_ptr<c10d::Work>;  // of what is asynchronous; else null
 
@@ -75,6 +77,12 @@ class PyCommunicator {
     return submit(c10d::OpType::BARRIER, "pycoll:barrier", barrier_job(), async, at::Tensor());
   }
 
+  // A function of csrc/torch/bucket.h as a method.
+  template <class Result, class... Args>
+  static auto method(Result (*f)(Caller&, Args...)) {
+    return [f](PyCommunicator& self, Args... args) -> Result { return f(self.caller_, args...); };
+  }
+
   at::Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype, const at::Device& device) {
     int64_t count = 1;
     for (const int64_t n : shape) count *= n;  // pycoll/communicator.py has checked them
@@ -108,9 +116,10 @@ class PyCommunicator {
     const py::gil_scoped_release no_gil;
     caller_.comm().close();
   }
-  void abort(const std::string& why) {
+  std::string rank_name(int rank) const { return caller_.comm().names().rank(rank); }
+  void abort(const std::string& reason) {
     const py::gil_scoped_release no_gil;  // a failure may be told on standard error, and to a file
-    caller_.comm().abort(why);
+    caller_.comm().abort("pycoll: " + caller_.name() + ": " + reason);
   }
   py::bytes trace() const {
     std::string text;
@@ -197,11 +206,18 @@ void bind_communicator(py::module_& m) {
       .def_readwrite("word_bytes", &cpu::Config::word_bytes)
       .def_readwrite("one_shot_ll_max_bytes", &cpu::Config::one_shot_ll_max_bytes)
       .def_readwrite("two_shot_ll_max_bytes", &cpu::Config::two_shot_ll_max_bytes);
+  py::class_<cpu::Names>(m, "Names", "What a communicator and its ranks are called in texts.")
+      .def(py::init<std::string, std::vector<uint64_t>>(), py::arg("group"), py::arg("global_ranks"));
+  m.def("sample", &sample, py::call_guard<py::gil_scoped_release>());
+  m.def("pack", &pack, py::arg("params"), py::arg("grads"), py::arg("firsts"), py::arg("wire"), py::arg("memory"),
+        py::arg("residual"), py::arg("factor") = py::none(), py::arg("found_inf") = py::none(),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("average_int8", &average_int8, py::arg("wires"), py::arg("to"), py::call_guard<py::gil_scoped_release>());
   py::class_<PyCommunicator>(m, "Communicator", "Collectives on torch tensors; see pycoll.Communicator.")
-      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Config&,
-                    const cpu::Config&, double>(),
-           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("name"), py::arg("config"),
-           py::arg("cuda_config"), py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
+      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Names&,
+                    const cpu::Config&, const cpu::Config&, double>(),
+           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("key"), py::arg("names"),
+           py::arg("config"), py::arg("cuda_config"), py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
       .def("all_reduce", &PyCommunicator::all_reduce)
       .def("reduce", &PyCommunicator::reduce)
       .def("broadcast", &PyCommunicator::broadcast)
@@ -213,9 +229,12 @@ void bind_communicator(py::module_& m) {
       .def("barrier", &PyCommunicator::barrier)
       .def("send", &PyCommunicator::send)
       .def("recv", &PyCommunicator::recv)
+      .def("reduce_bucket", PyCommunicator::method(&reduce_bucket), py::call_guard<py::gil_scoped_release>())
+      .def("update_bucket", PyCommunicator::method(&update_bucket), py::call_guard<py::gil_scoped_release>())
       .def("empty", &PyCommunicator::empty)
       .def("mem_allocator", &PyCommunicator::mem_allocator)
       .def("close", &PyCommunicator::close)
+      .def("rank_name", &PyCommunicator::rank_name)
       .def("abort", &PyCommunicator::abort)
       .def("trace", &PyCommunicator::trace)
       .def_property_readonly("closed", &PyCommunicator::closed)

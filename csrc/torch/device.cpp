@@ -38,7 +38,8 @@ void DeviceSlot::meet(at::Device device) {
   if (!has_device()) {
 #ifdef PYCOLL_WITH_CUDA
     std::unique_ptr<Device> made = make_device(host_, config_, device);
-    cpu::log(cpu::LogLevel::kInfo, host_.rank(), host_.world(), [&] { return "on GPUs: " + made->describe(); });
+    cpu::log(cpu::LogLevel::kInfo, host_.names(), host_.rank(), host_.world(),
+             [&] { return "on GPUs: " + made->describe(); });
     const std::unique_lock no_user(state_->use);
     state_->where = device;
     state_->device = std::move(made);

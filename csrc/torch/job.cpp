@@ -1,6 +1,5 @@
 #include "torch/job.h"
 
-#include <algorithm>
 #include <iterator>
 
 #include "torch/errors.h"
@@ -20,30 +19,6 @@ void check_like(const at::Tensor& x, const at::Tensor& out, const char* collecti
                        out.scalar_type(), " of shape ", out.sizes()));
 }
 
-// `whole` holds a block for each rank.
-void check_blocks(Seat seat, const at::Tensor& block, const at::Tensor& whole, const char* collective,
-                  const char* which) {
-  if (whole.scalar_type() == block.scalar_type() && whole.numel() == block.numel() * seat.world) return;
-  throw_usage(c10::str(collective, ": the ", which, " must hold ", seat.world, " blocks of ", block.numel(), " ",
-                       block.scalar_type(), " elements, not ", whole.numel(), " of ", whole.scalar_type()));
-}
-
-void check_list(Seat seat, const Tensors& list, const at::Tensor& like, const char* collective) {
-  if (static_cast<int>(list.size()) != seat.world) {
-    throw_usage(c10::str(collective, " needs a list of ", seat.world, " tensors, not of ", list.size()));
-  }
-  for (const at::Tensor& t : list) {
-    check_memory(t, collective);
-    if (t.scalar_type() != like.scalar_type() || t.device() != like.device()) {
-      throw_usage(std::string(collective) + ": input and output tensors must have one dtype and lie on one device");
-    }
-  }
-}
-
-bool of_one_size(const Tensors& list, const at::Tensor& like) {
-  return std::all_of(list.begin(), list.end(), [&](const at::Tensor& t) { return t.numel() == like.numel(); });
-}
-
 // What a reduction reads: the tensor, or a copy where it is strided or to be multiplied first.
 Dense read(const at::Tensor& x, const Reduction& by) {
   if (!by.factor.defined()) return Dense(x);
@@ -60,29 +35,8 @@ cpu::Call reduction(Collective collective, const at::Tensor& x, const Reduction&
       .collective = collective, .dtype = dtype, .op = op_for(x, by.op, what), .shape = fingerprint(x.scalar_type())};
 }
 
-// A collective that moves elements; `counted`: what its count is of.
-cpu::Call movement(Collective collective, const at::Tensor& counted, int root = 0) {
-  const Elements e = elements_to_copy(counted);
-  return {.collective = collective,
-          .dtype = e.dtype,
-          .root = root,
-          .count = e.count,
-          .shape = fingerprint(counted.scalar_type())};
-}
-
 const void* address(const Dense& d) { return d.memory().const_data_ptr(); }
 void* writable(const Dense& d) { return d.memory().mutable_data_ptr(); }
-
-// Whether the tensors follow one another in memory.
-bool lie_in_a_row(const Tensors& list) {
-  const at::Tensor& first = list.front();
-  int64_t offset = first.storage_offset();
-  for (const at::Tensor& t : list) {
-    if (!t.is_contiguous() || !t.is_alias_of(first) || t.storage_offset() != offset) return false;
-    offset += t.numel();
-  }
-  return true;
-}
 
 }  // namespace
 
@@ -94,22 +48,13 @@ void Job::append(Job&& other) {
   std::move(other.counts.begin(), other.counts.end(), std::back_inserter(counts));
 }
 
-Blocks::Blocks(const at::Tensor& whole) {
-  parts.emplace_back(whole);
-  memory = parts.front().memory();
-}
-
-Blocks::Blocks(const Tensors& list) {
-  int64_t total = 0;
-  for (const at::Tensor& t : list) total += t.numel();
-  const at::Tensor& first = list.front();
-  const bool in_place = lie_in_a_row(list);
-  memory = in_place ? first.as_strided({total}, {1}) : at::empty({total}, first.options());
-  int64_t offset = 0;
-  for (const at::Tensor& t : list) {
-    parts.emplace_back(t, in_place ? t : memory.narrow(0, offset, t.numel()).view(t.sizes()));
-    offset += t.numel();
-  }
+cpu::Call movement(Collective collective, const at::Tensor& counted, int root) {
+  const Elements e = elements_to_copy(counted);
+  return {.collective = collective,
+          .dtype = e.dtype,
+          .root = root,
+          .count = e.count,
+          .shape = fingerprint(counted.scalar_type())};
 }
 
 namespace {
@@ -164,12 +109,6 @@ Job broadcast_job(Seat seat, const at::Tensor& x, int root) {
   Job job{{call}, {}, {}, {x}, {}};
   (seat.rank == root ? job.reads : job.writes).push_back(dense);
   return job;
-}
-
-Blocks::Blocks(Seat seat, const Tensors& list, const at::Tensor& like, const char* collective)
-    : Blocks((check_list(seat, list, like, collective), list)) {
-  if (of_one_size(list, like)) return;
-  throw_unsupported(std::string(collective) + " of tensors of different sizes: pad them, or use all_to_all");
 }
 
 Job all_gather_job(Seat seat, const at::Tensor& x, const Blocks& out) {
@@ -283,80 +222,6 @@ Job scatter_job(Seat seat, const std::optional<Blocks>& x, const at::Tensor& out
   }
   job.calls.push_back(call);
   return job;
-}
-
-namespace {
-
-Job exchange_job(Seat seat, const Blocks& x, const Blocks& out, std::vector<uint64_t> send,
-                 std::vector<uint64_t> recv) {
-  if (x.memory.scalar_type() != out.memory.scalar_type()) {
-    throw_usage("all_to_all: input and output tensors must have one dtype");
-  }
-  for (const Dense& d : x.parts) check_memory(d.tensor(), "all_to_all");
-  for (const Dense& d : out.parts) check_writable(d.tensor(), "all_to_all");
-  const auto* in_begin = static_cast<const std::byte*>(x.memory.const_data_ptr());
-  auto* out_begin = static_cast<std::byte*>(out.memory.mutable_data_ptr());
-  if (seat.world > 1 && in_begin < out_begin + out.memory.nbytes() && out_begin < in_begin + x.memory.nbytes()) {
-    throw_usage("all_to_all: input and output overlap: give separate tensors");
-  }
-  cpu::Call call = movement(Collective::kAllToAll, x.memory);
-  const uint64_t bytes_as_elements = call.dtype == DType::kUInt8 ? x.memory.element_size() : 1;
-  for (auto* counts : {&send, &recv}) {
-    for (uint64_t& n : *counts) n *= bytes_as_elements;
-  }
-  call.count = 0;
-  call.in = in_begin;
-  call.out = out_begin;
-  Job job{{}, x.parts, out.parts, {}, {}};
-  call.send_counts = job.counts.emplace_back(std::move(send)).data();
-  call.recv_counts = job.counts.emplace_back(std::move(recv)).data();
-  for (const Dense& d : out.parts) job.result.push_back(d.tensor());
-  job.calls.push_back(call);
-  return job;
-}
-
-std::vector<uint64_t> counts_of(Seat seat, const at::Tensor& t, const Splits& splits, const char* which) {
-  const int64_t rows = t.dim() == 0 ? 1 : t.size(0), row = rows == 0 ? 0 : t.numel() / rows;
-  if (splits.empty()) {
-    if (rows % seat.world != 0) {
-      throw_usage(c10::str("all_to_all: the ", which, "'s first dimension, ", rows, ", is not a multiple of ",
-                           seat.world, " ranks: give splits"));
-    }
-    return std::vector<uint64_t>(seat.world, static_cast<uint64_t>(rows / seat.world * row));
-  }
-  std::vector<uint64_t> counts;
-  int64_t sum = 0;
-  for (const int64_t n : splits) {
-    if (n < 0) throw_usage("all_to_all: a split is negative");
-    sum += n;
-    counts.push_back(static_cast<uint64_t>(n * row));
-  }
-  if (static_cast<int>(splits.size()) != seat.world || sum != rows) {
-    throw_usage(c10::str("all_to_all: the ", which, " needs ", seat.world, " splits that add up to its ", rows,
-                         " rows, not ", splits));
-  }
-  return counts;
-}
-
-std::vector<uint64_t> counts_of(const Tensors& list) {
-  std::vector<uint64_t> counts;
-  for (const at::Tensor& t : list) counts.push_back(static_cast<uint64_t>(t.numel()));
-  return counts;
-}
-
-}  // namespace
-
-Job all_to_all_job(Seat seat, const at::Tensor& x, const at::Tensor& out, const Splits& send, const Splits& recv) {
-  check_memory(x, "all_to_all");
-  check_writable(out, "all_to_all");
-  return exchange_job(seat, Blocks(x), Blocks(out), counts_of(seat, x, send, "input"),
-                      counts_of(seat, out, recv, "output"));
-}
-
-Job all_to_all_job(Seat seat, const Tensors& x, const Tensors& out) {
-  check_list(seat, x, x.empty() ? at::Tensor() : x[0], "all_to_all");
-  check_list(seat, out, x[0], "all_to_all");
-  return exchange_job(seat, Blocks(x), Blocks(out), counts_of(x), counts_of(out));
 }
 
 Job barrier_job() { return {{{.collective = Collective::kBarrier}}, {}, {}, {}, {}}; }

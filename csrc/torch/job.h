@@ -9,11 +9,10 @@
 #include <vector>
 
 #include "cpu/communicator.h"
-#include "torch/tensors.h"
+#include "torch/blocks.h"
 
 namespace pycoll::bindings {
 
-using Tensors = std::vector<at::Tensor>;
 using Splits = std::vector<int64_t>;
 
 struct Job {
@@ -31,22 +30,6 @@ struct Job {
   void append(Job&& other);
 };
 
-// Who makes the calls.
-struct Seat {
-  int rank, world;
-};
-
-// A tensor of blocks, one for each rank, in dense memory: one tensor, or a list, whose tensors are copied from or to
-// their places, unless they lie there already.
-struct Blocks {
-  explicit Blocks(const at::Tensor& whole);
-  explicit Blocks(const Tensors& list);
-  // A list of `world` tensors of the size of `like`. Throws UsageError, UnsupportedError.
-  Blocks(Seat seat, const Tensors& list, const at::Tensor& like, const char* collective);
-  at::Tensor memory;
-  c10::SmallVector<Dense, 2> parts;
-};
-
 // All throw UsageError or UnsupportedError for what does not fit. `reads` and `writes` are in order. Outputs, and where
 // something is scattered inputs, are there on the root alone where there is one.
 Job all_reduce_job(const at::Tensor& x, const at::Tensor& out, const Reduction& by, std::optional<Algorithm> algorithm);
@@ -62,5 +45,8 @@ Job scatter_job(Seat seat, const std::optional<Blocks>& x, const at::Tensor& out
 Job all_to_all_job(Seat seat, const at::Tensor& x, const at::Tensor& out, const Splits& send, const Splits& recv);
 Job all_to_all_job(Seat seat, const Tensors& x, const Tensors& out);
 Job barrier_job();
+
+// The call of a collective that moves elements, as yet without memory; `counted`: what its count is of.
+cpu::Call movement(Collective collective, const at::Tensor& counted, int root = 0);
 
 }  // namespace pycoll::bindings

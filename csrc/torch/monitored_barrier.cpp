@@ -23,12 +23,6 @@ cpu::Request receive(cpu::Mail& mail, int peer, int tag) {
   return mail.receive({.kind = kKind, .peer = peer, .tag = tag}, [](const std::exception_ptr&) {});
 }
 
-std::string list(const std::vector<int>& ranks) {
-  std::string text;
-  for (const int r : ranks) text += (text.empty() ? "" : ", ") + std::to_string(r);
-  return text;
-}
-
 class Deadline {
  public:
   explicit Deadline(Milliseconds timeout) : end_(cpu::Clock::now() + timeout) {}
@@ -58,12 +52,15 @@ void await_all(cpu::Communicator& comm, Milliseconds timeout, bool wait_for_all,
   std::vector<cpu::Request> arrivals(comm.world());
   for (int r = 1; r < comm.world(); ++r) arrivals[r] = receive(comm.mail(), r, tag);
   std::vector<int> here, missing;
+  const cpu::Names& names = comm.names();
+  const std::string me = names.number(0);
   const std::string in_time = " in " + std::to_string(timeout.count()) + " ms";
   for (int r = 1; r < comm.world(); ++r) {
     if (deadline.left().count() <= 0 && missing.empty() && !arrivals[r].ended()) {
-      fail("[Rank 0]: Rank 0 timed out in monitoredBarrier after " + std::to_string(timeout.count()) + " ms.\n" +
+      fail("[Rank " + me + "]: Rank " + me + " timed out in monitoredBarrier after " + std::to_string(timeout.count()) +
+               " ms.\n" +
                (here.empty() ? "No ranks successfully processed in monitoredBarrier."
-                             : "Successfully processed ranks: " + list(here)),
+                             : "Successfully processed ranks: " + names.numbers(here)),
            r);
     }
     if (comes(arrivals[r], deadline.left())) {
@@ -71,12 +68,13 @@ void await_all(cpu::Communicator& comm, Milliseconds timeout, bool wait_for_all,
       continue;
     }
     if (!wait_for_all) {
-      fail("[Rank 0]: Rank " + std::to_string(r) + " failed to pass monitoredBarrier" + in_time, r);
+      fail("[Rank " + me + "]: Rank " + names.number(r) + " failed to pass monitoredBarrier" + in_time, r);
     }
     missing.push_back(r);
   }
   if (!missing.empty()) {
-    fail("[Rank 0]: Ranks " + list(missing) + " failed to pass monitoredBarrier" + in_time, missing.front());
+    fail("[Rank " + me + "]: Ranks " + names.numbers(missing) + " failed to pass monitoredBarrier" + in_time,
+         missing.front());
   }
   for (int r = 1; r < comm.world(); ++r) send(comm.mail(), r, tag).wait();
 }
@@ -89,19 +87,17 @@ void monitored_barrier(cpu::Communicator& comm, Milliseconds timeout, bool wait_
   const Deadline deadline(timeout);
   const cpu::Request answer = receive(comm.mail(), 0, tag);
   const cpu::Request arrival = send(comm.mail(), 0, tag);
-  const std::string me = std::to_string(comm.rank());
+  const std::string me = comm.names().number(comm.rank()), first = comm.names().rank(0);
   std::string why = "it did not answer in " + std::to_string(timeout.count()) + " ms";
   try {
     if (comes(arrival, deadline.left()) && comes(answer, deadline.left())) return;
   } catch (const Error& e) {
     why = e.what();
   }
-  fail(
-      "[Rank " + me + "]: Rank " + me +
-          " successfully reached monitoredBarrier, but received errors while waiting for send/recv from rank 0. Please "
-          "check rank 0 logs for faulty rank. (" +
-          why + ")",
-      0);
+  fail("[Rank " + me + "]: Rank " + me +
+           " successfully reached monitoredBarrier, but received errors while waiting for send/recv from " + first +
+           ". Please check " + first + " logs for faulty rank. (" + why + ")",
+       0);
 }
 
 }  // namespace pycoll::bindings

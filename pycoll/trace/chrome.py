@@ -22,7 +22,7 @@ def events(traces: Sequence[Trace]) -> dict[str, Any]:
     for i, trace in enumerate(traces):
         for rank in trace.ranks:
             process = i * MOST_RANKS + rank.rank
-            name = f"{trace.group}: rank {rank.rank} (process {rank.pid}, {rank.state})"
+            name = f"{trace.group}: rank {rank.number} (process {rank.pid}, {rank.state})"
             found += _names(process, name)
             for thread, kind in enumerate(KINDS):
                 for n, entry in sorted(rank.entries[kind].items()):

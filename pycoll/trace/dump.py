@@ -8,8 +8,9 @@ rank, world_size, host, pid: of who wrote it
 taken_ns, unix_ns: when, by the machine's monotonic clock, as all times below, and by the calendar's
 error: {kind, text, rank to blame or -1}, or null
 ranks: of each rank, as the writer saw it
-    rank, pid, waits_for (a rank or null), error
+    rank, pid, waits_for (a rank or null), error; global_rank (its number among all of the program) where it is known
     state: "here", "failed", "left" (it has closed) or "dead"
+    totals: call -> {calls, bytes, ns}, of all since the beginning; bytes of this rank's tensors, time with waiting
     calls, messages, launches (of collectives, on its GPU), oldest first, of each
         n (from 1), sequence, call, bytes, begin_ns, end_ns (or null)
         state: "begun", "ended", "failed", "launched", or "captured" (in a CUDA graph)
@@ -69,12 +70,20 @@ class RankTrace:
     """One rank, from all that is known of it. Entries by kind ("calls", "messages", "launches"), then by number."""
 
     rank: int
+    global_rank: int | None = None
     pid: int = 0
     state: str = "here"
     waits_for: int | None = None
     error: Mapping[str, Any] | None = None
     file: Path | None = None  # its own
     entries: dict[str, dict[int, Entry]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+
+    @property
+    def number(self) -> str:
+        """As errors have it: "1", or "1 (global rank 3)" where the two differ."""
+        return (
+            str(self.rank) if self.global_rank in (None, self.rank) else f"{self.rank} (global rank {self.global_rank})"
+        )
 
     def by_sequence(self, kind: str) -> dict[int, Entry]:
         """The entries of a kind, by sequence, in order."""
@@ -164,6 +173,7 @@ def _merged(dumps: Sequence[tuple[Path, Any]]) -> Trace:
 
 def _add(rank: RankTrace, seen: Mapping[str, Any]) -> None:
     rank.pid = int(seen["pid"])
+    rank.global_rank = seen.get("global_rank")
     if rank.state not in ("failed", "dead"):  # who has failed closes later, or dies
         rank.state, rank.waits_for = str(seen["state"]), seen["waits_for"]
     rank.error = rank.error or seen["error"]

@@ -34,37 +34,39 @@ def verdict(trace: Trace) -> list[tuple[str, str]]:
     """What there is to say, line by line, each with its style."""
     lines = []
     for error, ranks in _by_text(trace).items():
-        lines.append((f"{error} ({_ranks_text(ranks)})", "red"))
+        lines.append((f"{error} ({_ranks_text(trace, ranks)})", "red"))
     for m in diagnose.mismatches(trace):
-        calls = "; ".join(f"{_ranks_text(ranks)}: {call}" for call, ranks in m.calls.items())
+        calls = "; ".join(f"{_ranks_text(trace, ranks)}: {call}" for call, ranks in m.calls.items())
         lines.append((f"mismatch: in {NAMES[m.kind]} #{m.sequence} ranks differ. {calls}", "red"))
     for s in diagnose.stragglers(trace):
         lines.append((straggler_text(trace, s), "" if s.entered else "yellow"))
     dead = [r.rank for r in trace.ranks if r.state == "dead"]
     if dead:
-        lines.append((f"dead: {_ranks_text(dead)}", "red"))
+        lines.append((f"dead: {_ranks_text(trace, dead)}", "red"))
     for e in diagnose.open_messages(trace):
         age = duration(trace.taken - e.begin)
-        lines.append((f"open: rank {e.rank} is in {e.describe()} since {age}", "yellow"))
+        lines.append((f"open: {_ranks_text(trace, [e.rank])} is in {e.describe()} since {age}", "yellow"))
     late = max(diagnose.lateness(trace), key=lambda x: (x.last, x.median), default=None)
     if late is not None and late.calls >= 3:
-        text = f"usually last: rank {late.rank}, to {late.last} of the {late.calls} calls known of all ranks"
+        who = _ranks_text(trace, [late.rank])
+        text = f"usually last: {who}, to {late.last} of the {late.calls} calls known of all ranks"
         lines.append((f"{text}; {duration(late.median)} after the first rank in the median", ""))
     return lines
 
 
 def straggler_text(trace: Trace, s: diagnose.Straggler) -> str:
     """One line about who is behind."""
-    who, what = _ranks_text(s.ranks), f"{NAMES[s.kind]} #{s.sequence} {s.call}"
+    who, what = _ranks_text(trace, s.ranks), f"{NAMES[s.kind]} #{s.sequence} {s.call}"
     if s.entered:
         return f"the last to enter {what}: {who}, {duration(s.waits)} after the first"
-    others = _ranks_text(s.waiting)
+    others = _ranks_text(trace, s.waiting)
     text = f"straggler: {who} had not entered {what}, in which {others} had been for {duration(s.waits)}"
+    first = _ranks_text(trace, s.ranks[:1])
     previous = trace.ranks[s.ranks[0]].by_sequence(s.kind).get(s.sequence - 1)
     if previous is not None and previous.end is not None and previous.end <= trace.taken:
-        text += f"; rank {previous.rank}'s own last, #{previous.sequence}, had ended {_ago(trace, previous.end)} before"
+        text += f"; {first}'s own last, #{previous.sequence}, had ended {_ago(trace, previous.end)} before"
     elif previous is not None:
-        text += f"; rank {previous.rank} was still in #{previous.sequence} {previous.describe()}"
+        text += f"; {first} was still in #{previous.sequence} {previous.describe()}"
     after = trace.ranks[s.ranks[0]].by_sequence(s.kind).get(s.sequence)
     if after is not None:
         text += f"; it came {duration(after.begin - trace.taken)} after that"
@@ -82,6 +84,7 @@ def analysis(trace: Trace) -> dict[str, Any]:
         "ranks": [
             {
                 "rank": r.rank,
+                "global_rank": r.global_rank,
                 "pid": r.pid,
                 "state": r.state,
                 "waits_for": r.waits_for,
@@ -110,8 +113,8 @@ def _ago(trace: Trace, time: int) -> str:
     return duration(trace.taken - time)
 
 
-def _ranks_text(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def _ranks_text(trace: Trace, ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(trace.ranks[rank].number for rank in ranks)
 
 
 def _by_text(trace: Trace) -> dict[str, list[int]]:
@@ -128,16 +131,16 @@ def _ranks(trace: Trace) -> Table:
         table.add_column(column)
     styles = {"failed": "red", "dead": "red", "left": "yellow"}
     for r in trace.ranks:
-        waits_for = "" if r.waits_for is None else f"rank {r.waits_for}"
+        waits_for = "" if r.waits_for is None else _ranks_text(trace, [r.waits_for])
         state = Text(r.state, style=styles.get(r.state, ""))
-        table.add_row(str(r.rank), str(r.pid), state, waits_for, "none" if r.file is None else r.file.name)
+        table.add_row(r.number, str(r.pid), state, waits_for, "none" if r.file is None else r.file.name)
     return table
 
 
 def _calls(trace: Trace, kind: str, last: int) -> Table:
     """A row for each of the last calls, a column for each rank."""
     table = Table()
-    for column in ("#", NAMES[kind], *(f"rank {r.rank}" for r in trace.ranks)):
+    for column in ("#", NAMES[kind], *(f"rank {r.number}" for r in trace.ranks)):
         table.add_column(column)
     by_rank = [r.by_sequence(kind) for r in trace.ranks]
     sequences = sorted(set().union(*by_rank))[-last:] if last > 0 else []

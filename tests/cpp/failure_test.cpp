@@ -334,6 +334,77 @@ void worlds_must_agree() {
   CHECK_EQ(failed.load(), 2);
 }
 
+// Ranks 0, 1 and 2 are the program's ranks 7, 1 and 9; the last one deviates.
+const cpu::Names kPart{"part", {7, 1, 9}};
+
+void names_are_of_two_numbers_where_these_differ() {
+  CHECK_EQ(kPart.rank(0), std::string("rank 0 (global rank 7)"));
+  CHECK_EQ(kPart.rank(1), std::string("rank 1"));
+  CHECK_EQ(kPart.rank(3), std::string("rank 3"));  // nobody's
+  CHECK_EQ(cpu::Names{}.rank(2), std::string("rank 2"));
+  CHECK_EQ(kPart.numbers({0, 1, 2}), std::string("0 (global rank 7), 1, 2 (global rank 9)"));
+  CHECK_EQ(kPart.numbers({1, 0, 2}, ",", 2), std::string("1,0 (global rank 7),..."));
+}
+
+void every_error_has_both_numbers() {
+  char byte = 0;
+  std::atomic<int> waiting{0};
+  struct Case {
+    std::function<void(Communicator&)> last, others;
+    std::vector<std::string> parts;
+  };
+  const auto barrier = [](Communicator& comm) { comm.run({.collective = Collective::kBarrier}); };
+  const auto nothing = [](Communicator&) {};
+  const auto late = [&](Communicator& comm) {
+    const struct Counted {
+      std::atomic<int>& count;
+      ~Counted() { ++count; }
+    } counted{waiting};
+    comm.set_timeout(Milliseconds(2000));
+    barrier(comm);
+  };
+  const auto exchange = [&](Communicator& comm) {
+    if (comm.rank() == 0) comm.mail().receive({.data = &byte, .bytes = 1, .peer = 2, .tag = 0}).wait();
+    if (comm.rank() == 2) comm.mail().send({.data = &byte, .bytes = 0, .peer = 0, .tag = 0}).wait();
+    barrier(comm);
+  };
+  const std::vector<Case> cases = {
+      {[&](Communicator& comm) { comm.run({.collective = Collective::kBroadcast, .in = &byte, .out = &byte}); },
+       barrier,
+       {"rank 0 (global rank 7),1 call #1 barrier", "rank 2 (global rank 9) call #1 broadcast"}},
+      {nothing, barrier, {"rank 2 (global rank 9) has left: it closed its communicator while rank "}},
+      {[&](Communicator&) {
+         while (waiting < 2) std::this_thread::yield();
+       },
+       late,
+       {" waited 2000 ms for rank 2 (global rank 9), which is alive"}},
+      {exchange, exchange, {"rank 0 (global rank 7) receives 1 bytes from rank 2 (global rank 9) with tag 0"}},
+  };
+  for (const Case& each : cases) {
+    const auto errors = run_ranks(
+        3, small_config(), Milliseconds(20000),
+        [&each](Communicator& comm) { (comm.rank() == 2 ? each.last : each.others)(comm); }, nullptr, kPart);
+    for (const std::string& part : each.parts) CHECK(contains(errors[0], part) && contains(errors[1], part));
+  }
+}
+
+void who_does_not_join_has_both_numbers() {
+  MapStore store;
+  try {
+    Communicator comm(store, 1, 3, small_config(), Milliseconds(200), kPart);
+    CHECK(false);
+  } catch (const cpu::Error& e) {
+    CHECK_EQ(e.rank, 0);
+    CHECK(contains(e.what(), "ranks 0 (global rank 7), 2 (global rank 9) of 3 did not join"));
+  }
+  try {
+    Communicator comm(store, 0, 2, small_config(), Milliseconds(200), kPart);
+    CHECK(false);
+  } catch (const cpu::Error& e) {
+    CHECK(e.kind == ErrorKind::kUsage && contains(e.what(), "3 global ranks were given for a world of 2"));
+  }
+}
+
 // Other users than root may have as many under way, on the way between processes, as a process may have open.
 void many_ranks_meet_though_few_descriptors_may_be_under_way() {
   const pid_t child = fork();
@@ -372,5 +443,8 @@ int main() {
   what_callbacks_call_is_done_before_the_end();
   for (const bool hands_on : {false, true}) a_callback_may_destroy_the_communicator(hands_on);
   worlds_must_agree();
+  names_are_of_two_numbers_where_these_differ();
+  every_error_has_both_numbers();
+  who_does_not_join_has_both_numbers();
   return check::report();
 }

@@ -138,15 +138,22 @@ void mismatches() {
 
 void who_holds_up_all_is_named() {
   std::atomic<int> waiting{0};
+  std::atomic<bool> receives{false};  // before rank 0 begins to wait, which may take long on a busy machine
   no_errors(run_ranks(3, small_config(), kShort, [&](Communicator& comm) {
     if (comm.rank() == 2) {
       while (waiting < 2) std::this_thread::yield();
       return;
     }
-    const size_t bytes = comm.rank() == 0 ? kLarge : 10;
     const Error e = outcome([&] {
-      if (comm.rank() == 0) send(comm, 1, kLarge, 4);
-      if (comm.rank() == 1) receive(comm, 2, bytes);
+      if (comm.rank() == 0) {
+        while (!receives) std::this_thread::yield();
+        send(comm, 1, kLarge, 4);
+      } else {
+        Bytes b(10);
+        const Request r = comm.mail().receive(message(b, 2));
+        receives = true;
+        r.wait();
+      }
     });
     ++waiting;
     CHECK(e.kind == ErrorKind::kTimeout);
@@ -420,6 +427,37 @@ void closing_does_not_wait_for_who_closes() {
   }));
 }
 
+// While close() waits for a call that is queued, messages are refused like calls: nothing succeeds after an error.
+void messages_are_refused_as_soon_as_calls() {
+  constexpr int kNotYet = -1;
+  std::atomic<int> calls{kNotYet};
+  no_errors(run_ranks(2, small_config(), kLong, [&](Communicator& comm) {
+    const Call barrier{.collective = Collective::kBarrier};
+    if (comm.rank() == 1) {
+      while (calls == kNotYet) std::this_thread::yield();
+      for (int i = 0; i < calls; ++i) comm.run(barrier);
+      return;
+    }
+    std::atomic<int> ended{0};
+    int begun = 0;
+    const auto call = [&] {
+      comm.enqueue([&](const Communicator::Runner& run) { run(barrier); },
+                   [&](std::exception_ptr failure) { ended += !failure; });
+      ++begun;
+    };
+    call();
+    std::thread closer([&] { comm.close(); });
+    expect(ErrorKind::kError, "closed", -1, [&] {
+      for (;;) call();
+    });
+    CHECK_EQ(ended.load(), 0);  // so the queue is still at its first call
+    expect(ErrorKind::kError, "closed", -1, [&] { send(comm, 1, 1); });
+    calls = begun;
+    closer.join();
+    CHECK_EQ(ended.load(), begun);
+  }));
+}
+
 void closing_waits_no_longer_than_the_timeout() {
   std::atomic<bool> closed{false};
   no_errors(run_ranks(2, small_config(), kShort, [&](Communicator& comm) {
@@ -625,6 +663,7 @@ int main() {
   interrupts();
   closing_ends_what_is_being_sent();
   closing_does_not_wait_for_who_closes();
+  messages_are_refused_as_soon_as_calls();
   closing_waits_no_longer_than_the_timeout();
   closing_beside_waits();
   return check::report();

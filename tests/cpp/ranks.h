@@ -28,7 +28,8 @@ inline pycoll::cpu::Config small_config(int channels = 1) {
 // The text of the error of each rank, empty where there was none; the kinds in `kinds` if given.
 inline std::vector<std::string> run_ranks(int world, const pycoll::cpu::Config& config, Milliseconds timeout,
                                           const std::function<void(pycoll::cpu::Communicator&)>& f,
-                                          std::vector<pycoll::cpu::ErrorKind>* kinds = nullptr) {
+                                          std::vector<pycoll::cpu::ErrorKind>* kinds = nullptr,
+                                          const pycoll::cpu::Names& names = {}) {
   MapStore store;
   std::vector<std::string> errors(world);
   std::vector<pycoll::cpu::ErrorKind> found(world, pycoll::cpu::ErrorKind{});
@@ -36,7 +37,7 @@ inline std::vector<std::string> run_ranks(int world, const pycoll::cpu::Config& 
   for (int r = 0; r < world; ++r) {
     threads.emplace_back([&, r] {
       try {
-        pycoll::cpu::Communicator comm(store, r, world, config, timeout);
+        pycoll::cpu::Communicator comm(store, r, world, config, timeout, names);
         f(comm);
       } catch (const pycoll::cpu::Error& e) {
         errors[r] = e.what();

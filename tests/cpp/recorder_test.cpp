@@ -15,6 +15,7 @@
 
 using namespace pycoll;
 using cpu::Communicator;
+using cpu::Deed;
 using cpu::Entry;
 using cpu::Journal;
 using cpu::Recorder;
@@ -70,6 +71,37 @@ void what_makes_no_sense_is_left_out() {
   for (uint64_t n = 1; n <= 7; ++n) recorder.begin(numbered(n));
   for (int i = 0; i < 5; ++i) journal->places[i + 1].words[Journal::kKinds] = uint64_t{0xff} << (8 * i);
   CHECK_EQ(read(*journal).size(), size_t{2});
+}
+
+void totals_outlive_entries() {
+  const auto journal = std::make_unique<Journal>();
+  Recorder recorder(*journal);
+  constexpr uint64_t kCalls = 3 * Journal::kEntries;
+  uint64_t ticks = 0;
+  for (uint64_t n = 1; n <= kCalls; ++n) {
+    Entry e = numbered(n);
+    e.deed = n % 3 == 0 ? Deed::kSend : Deed::kCollective;
+    e.collective = n % 3 == 1 ? Collective::kBroadcast : Collective::kBarrier;
+    e.dtype = DType::kFloat16;
+    const uint64_t number = recorder.begin(e);
+    if (n % 3 == 2) continue;  // it hangs
+    recorder.end(number, /*failed=*/n % 2 == 0);
+    const Entry last = read(*journal, 1).front();
+    if (n % 3 == 0) ticks += last.end - last.begin;
+  }
+  const auto bytes = [&](uint64_t rest) {
+    uint64_t sum = 0;
+    for (uint64_t n = 1; n <= kCalls; ++n) sum += n % 3 == rest ? n : 0;
+    return sum;
+  };
+  const auto& [calls, sent, spent] = journal->totals[Journal::kSend];
+  CHECK_EQ(calls, kCalls / 3);
+  CHECK_EQ(sent, bytes(0));
+  CHECK_EQ(spent, ticks);
+  CHECK_EQ(journal->totals[static_cast<int>(Collective::kBroadcast)].bytes, 2 * bytes(1));
+  const Journal::Total& hung = journal->totals[static_cast<int>(Collective::kBarrier)];
+  CHECK(hung.calls == kCalls / 3 && hung.bytes == 2 * bytes(2) && hung.ticks == 0);
+  CHECK_EQ(journal->totals[Journal::kReceive].calls, uint64_t{0});
 }
 
 // Readers see entries whole or not at all, however fast the ring goes round.
@@ -128,8 +160,10 @@ void a_trace_shows_who_waits() {
     }
     std::thread watcher([&] {
       std::string trace;
-      while (!contains(trace, "\"waits_for\":1")) trace = comm.trace();
-      CHECK(contains(trace, "\"sequence\":2,\"state\":\"begun\""));
+      // Not what one moment is like: the calls are read before who waits.
+      while (!contains(trace, "\"waits_for\":1") || !contains(trace, "\"sequence\":2,\"state\":\"begun\"")) {
+        trace = comm.trace();
+      }
       CHECK(contains(trace, "\"call\":\"all_reduce\",\"bytes\":1200,\"dtype\":\"float32\",\"count\":300"));
       CHECK(contains(trace, "\"error\":null"));
       seen = true;
@@ -199,6 +233,7 @@ int main() {
   the_last_entries_are_kept_in_order();
   an_entry_ends_where_it_began();
   what_makes_no_sense_is_left_out();
+  totals_outlive_entries();
   readers_see_no_halves();
   ticks_are_time();
   a_trace_shows_who_waits();

@@ -120,11 +120,10 @@ def _data_parallel(rank: Rank, where: str, backend: str) -> list[float]:
     return [*losses, float(weights.double().sum())]
 
 
+@pytest.mark.real_gpu
 @pytest.mark.parametrize("where", (SHARED, OWN))
-def test_distributed_data_parallel(where: str, fake_cuda: bool) -> None:
+def test_distributed_data_parallel(where: str) -> None:
     needs(where, 2)
-    if fake_cuda:
-        pytest.skip("the fake GPUs of tests/fake_cuda have no matrix products")
     with Processes(_data_parallel, 2, where, "pycoll") as ranks:
         ours = ranks.results(120)
     with Processes(_data_parallel, 2, where, "gloo") as ranks:

@@ -527,9 +527,15 @@ def test_under_torchrun(tmp_path: Path) -> None:
 
 
 def _calls_from_a_callback(rank: Rank, call: str) -> list[float]:
-    """The callback runs while a later call is queued; what it calls itself comes behind that."""
+    """The callback runs while a later call is queued; what it calls itself comes behind that.
+
+    Rank 2 makes the same calls without a callback, and the first one only when the others have added theirs.
+    """
     x, blocks = torch.ones(2), [torch.empty(2) for _ in range(rank.world_size)]
     strided = torch.ones(4, 4)[:, :2]
+    if rank.rank == 2:
+        for other in (0, 1):
+            dist.recv(torch.empty(1), other)
     second = dist.all_reduce(torch.ones(2), async_op=True)
 
     def asynchronous() -> None:
@@ -552,10 +558,16 @@ def _calls_from_a_callback(rank: Rank, call: str) -> list[float]:
         calls[call]()
         return float(x.sum() + strided.sum())
 
-    dist.all_reduce(torch.ones(20_000_000), async_op=True)  # so that the next one is pending when its callback is added
-    future = dist.all_reduce(x, async_op=True).get_future().then(callback)
+    first = dist.all_reduce(x, async_op=True).get_future()
+    if rank.rank == 2:
+        later.append(dist.all_reduce(torch.ones(2), async_op=True))
+        calls[call]()
+        dist.all_reduce(strided)
+        return []
+    future = first.then(callback)
     nested = future.then(lambda f: (dist.all_reduce(strided, async_op=True).get_future().wait(), f.value())[1])
     later.append(dist.all_reduce(torch.ones(2), async_op=True))
+    dist.send(torch.ones(1), 2)
     gate.set()
     return [future.wait(), nested.wait()]
 
@@ -565,8 +577,8 @@ def _calls_from_a_callback(rank: Rank, call: str) -> list[float]:
 )
 def test_a_callback_may_make_calls_and_wait_for_them(call: str) -> None:
     """The group goes on while it does: another thread serves it."""
-    total = {"strided": 4.0 + 16, "dense": 8.0 + 8, "asynchronous": 8.0 + 8}.get(call, 4.0 + 8)
-    assert run(_calls_from_a_callback, 2, call) == [[total, total]] * 2
+    total = {"strided": 6.0 + 24, "dense": 18.0 + 8, "asynchronous": 18.0 + 8}.get(call, 6.0 + 8)
+    assert run(_calls_from_a_callback, 3, call) == [[total, total]] * 2 + [[]]
 
 
 def _under_inference_mode(rank: Rank) -> None:

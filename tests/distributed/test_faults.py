@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from asleep import until_asleep
 from leaks import descriptors, held_segments, mappings, native_threads
 
 import pycoll
@@ -38,16 +39,6 @@ def outcome(call: Callable[[], Any]) -> tuple[str, str, int | None]:
     except pycoll.Error as e:
         return type(e).__name__, str(e), e.rank
     return "no error", "", None
-
-
-def until_asleep(pid: int) -> None:
-    """Returns when the main thread of a process sleeps, as it does in a wait: seen so ten times in a row."""
-    asleep, deadline = 0, time.monotonic() + HANG
-    while asleep < 10:
-        assert time.monotonic() < deadline, "it does not come to wait"
-        time.sleep(0.03)
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        asleep = asleep + 1 if state == "S" else 0
 
 
 # ---- ranks that make different calls ----

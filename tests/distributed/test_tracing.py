@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import pycoll
 from pycoll import cli
@@ -47,6 +50,11 @@ def only(folder: Path) -> dump.Trace:
     return trace
 
 
+def sequences(trace: dict[str, Any], rank: int) -> set[int]:
+    """Of the calls that a rank has entered."""
+    return {call["sequence"] for call in trace["ranks"][rank]["calls"]}
+
+
 def kind_of_failure(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -59,19 +67,22 @@ def kind_of_failure(call: Callable[[], Any]) -> str:
 
 
 def _one_does_not_come(rank: Rank, timeout: float) -> tuple[Path, str]:
+    """Rank 1, which says so when the others wait for it."""
     folder = traced(rank)
     comm = rank.communicator(timeout=timeout)
     for _ in range(3):
         comm.all_reduce(torch.ones(100))
-    rank.say("ready")
     if rank.rank == 1:
+        while not {4} <= sequences(comm.trace(), 0) & sequences(comm.trace(), 2):
+            time.sleep(0.001)
+        rank.say("the others wait")
         rank.listen()
     return folder, kind_of_failure(lambda: comm.all_reduce(torch.ones(50_000)))
 
 
 def test_a_killed_rank_is_in_the_traces_of_the_others() -> None:
     with Processes(_one_does_not_come, 3, 60.0) as ranks:
-        assert [ranks.hear(r) for r in range(3)] == ["ready"] * 3
+        assert ranks.hear(1) == "the others wait"
         ranks.kill(1)
         (folder, kind), (_, other) = ranks.result(0, HANG), ranks.result(2, HANG)
         assert (kind, other) == ("PeerLostError", "PeerLostError")
@@ -196,6 +207,60 @@ def test_bytes_are_those_of_the_larger_side() -> None:
     for r, calls in enumerate(run_processes(_bytes_of_calls, 2)):
         all_to_all = ("all_to_all", 4 * (3 + r))
         assert calls == [("reduce_scatter", 24), ("all_gather", 48), ("broadcast", 6), all_to_all]
+
+
+# ---- what a part of the program's ranks are called ----
+
+
+def _in_a_part(rank: Rank) -> tuple[Path, list[tuple[str, str, int | None]], str]:
+    """Of ranks 0 and 2 the second aborts; of ranks 1 and 3 the second does not come to a barrier, and is killed."""
+    folder, log = traced(rank), logged(rank, None)
+    rank.init_process_group()
+    others_too = dist.new_group([1, 2, 3])
+    part = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))["rows"].get_group()
+    comm = pycoll.Communicator.from_group(part)
+    calls: list[Callable[[], Any]] = [lambda: dist.barrier(part), comm.barrier]
+    if rank.rank == 2:
+        part._get_backend(torch.device("cpu")).abort()
+        comm.abort("enough")
+    elif rank.rank != 0:
+        nested = others_too.split_group([0, 2], group_name="nested")
+        calls += [lambda: nested.barrier().wait()]
+        if rank.rank == 1:
+            calls.insert(0, lambda: part.monitored_barrier(timedelta(seconds=0.2)))
+        else:
+            rank.say("here")
+            rank.listen()
+    errors = []
+    for i, call in enumerate(calls):
+        with pytest.raises(pycoll.Error) as error:
+            call()
+        errors.append((type(error.value).__name__, str(error.value), error.value.rank))
+        if rank.rank == 1 and i == 0:
+            rank.say("it did not come")
+    return folder, errors, log.read_text()
+
+
+def test_both_numbers_of_a_rank_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with Processes(_in_a_part, 4) as ranks:
+        assert (ranks.hear(3), ranks.hear(1)) == ("here", "it did not come")
+        ranks.kill(3)
+        for r in (0, 2):
+            _, aborted, log = ranks.result(r, HANG)
+            assert aborted[0] == ("Error", "pycoll: rank 1 (global rank 2) aborted the group", 1)
+            assert aborted[1] == ("Error", "pycoll: rank 1 (global rank 2): enough", 1)
+            assert log == ""
+        folder, (late, *lost), log = ranks.result(1, HANG)
+        assert late[1].startswith("[Rank 0 (global rank 1)]: Rank 1 (global rank 3) failed to pass monitoredBarrier")
+        assert late[2] == 1
+        text = "pycoll: rank 1 (global rank 3) is lost: its process has died"
+        assert lost == [("PeerLostError", text, 1)] * 3
+        assert log.count(f"pycoll [rank 0 (global rank 1) of 2, {ranks.pid(1)}] error: ") == 3
+        assert log.count(f" has failed: PeerLostError: {text}") == 3
+        traces = [t for t in dump.load([folder])[0] if t.ranks[0].error and t.ranks[0].error["kind"] == "PeerLostError"]
+        assert [[r.number for r in t.ranks] for t in traces] == [["0 (global rank 1)", "1 (global rank 3)"]] * 3
+        assert cli.main(["trace", str(folder)]) == 0
+        assert "dead: rank 1 (global rank 3)\n" in capsys.readouterr().out
 
 
 # ---- the log ----

@@ -34,7 +34,7 @@ std::string agree(cpu::Communicator& host, const F& step) {
   }
   const std::vector<Said> all = gather(host, mine);
   for (size_t r = 0; r < all.size(); ++r) {
-    if (all[r].text[0] != '\0') return "rank " + std::to_string(r) + ": " + all[r].text;
+    if (all[r].text[0] != '\0') return host.names().rank(static_cast<int>(r)) + ": " + all[r].text;
   }
   return "";
 }

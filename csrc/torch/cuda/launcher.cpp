@@ -82,8 +82,8 @@ struct Launcher::HostReport {
 };
 
 Launcher::Launcher(at::Device device, const Geometry& geometry, const std::vector<std::byte*>& bases,
-                   const std::vector<int>& here, std::byte* multicast)
-    : device_(device), world_(geometry.world), here_(static_cast<int>(here.size())) {
+                   const std::vector<int>& here, std::byte* multicast, cpu::Names names)
+    : device_(device), world_(geometry.world), here_(static_cast<int>(here.size())), names_(std::move(names)) {
   if (geometry.world > cuda_device::kMaxRanks) {
     throw_unsupported("a group of GPUs has at most " + std::to_string(cuda_device::kMaxRanks) + " ranks, not " +
                       std::to_string(geometry.world));
@@ -151,22 +151,22 @@ std::exception_ptr Launcher::failure() const {
       return std::make_exception_ptr(Error(ErrorKind::kError, "pycoll: the group was aborted"));
     case cuda_device::kTimedOut:
       return std::make_exception_ptr(Error(ErrorKind::kTimeout,
-                                           "pycoll: a kernel waited too long for rank " + std::to_string(report.rank) +
+                                           "pycoll: a kernel waited too long for " + names_.rank(report.rank) +
                                                ". Did it make this call? Raise the timeout if it is slow",
                                            report.rank));
     case cuda_device::kCountsDiffer:
       return std::make_exception_ptr(
-          Error(ErrorKind::kMismatch, cpu::counts_text(report.rank, report.to, report.sent, report.expected)));
+          Error(ErrorKind::kMismatch, cpu::counts_text(report.rank, report.to, report.sent, report.expected, names_)));
     case cuda_device::kLeft:
       return std::make_exception_ptr(
           Error(ErrorKind::kPeerLost,
-                "pycoll: rank " + std::to_string(report.rank) +
+                "pycoll: " + names_.rank(report.rank) +
                     " has left: it closed its communicator while a kernel still waits for it. "
                     "Do all ranks make the same calls?",
                 report.rank));
     case cuda_device::kMismatched: {
       const std::vector<CallRecord> records(report.records, report.records + world_);
-      return std::make_exception_ptr(Error(ErrorKind::kMismatch, cpu::mismatch_text(records)));
+      return std::make_exception_ptr(Error(ErrorKind::kMismatch, cpu::mismatch_text(records, names_)));
     }
     default:
       return nullptr;

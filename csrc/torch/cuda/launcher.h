@@ -33,7 +33,7 @@ class Launcher {
  public:
   // `bases` [world]: the ranks' segments, cells all zero. `here`: the ranks whose blocks are launched.
   Launcher(at::Device device, const Geometry& geometry, const std::vector<std::byte*>& bases,
-           const std::vector<int>& here, std::byte* multicast);
+           const std::vector<int>& here, std::byte* multicast, cpu::Names names = {});
   ~Launcher();  // waits for the last call: the kernels use this object's memory
   Launcher(const Launcher&) = delete;
 
@@ -55,6 +55,7 @@ class Launcher {
 
   const at::Device device_;
   const int world_, here_;
+  const cpu::Names names_;
   struct HostReport;
   std::unique_ptr<HostReport> report_;
   std::mutex lock_;

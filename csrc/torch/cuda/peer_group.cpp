@@ -6,18 +6,13 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime_api.h>
 
-#include "core/atomic.h"
 #include "torch/cuda/agree.h"
 
 namespace pycoll::bindings {
 
-using cuda_device::Physical;
-using cuda_device::Range;
-
 namespace {
 
 constexpr int kMostChannels = 32;  // of a communicator: more blocks move no more bytes over NVLink
-constexpr size_t kHeapGrain = PeerHeap::kGrain;
 
 }  // namespace
 
@@ -28,8 +23,7 @@ PeerGroup::PeerGroup(cpu::Communicator& host, const cpu::Config& config, at::Dev
       rank_(host.rank()),
       stream_(at::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())),
       config_(config),
-      ranges_(host.world()),
-      heap_(std::make_shared<PeerHeap>(device, stream_)) {}
+      memory_(host, device, stream_) {}
 
 PeerGroup::~PeerGroup() {
   const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
@@ -53,9 +47,6 @@ PeerGroup::~PeerGroup() {
   stop_.notify_all();
   if (watcher_.joinable()) watcher_.join();
   launcher_.reset();
-  const std::lock_guard guard(heap_->lock);
-  heap_->range = nullptr;
-  if (heap_->blocks.used() > 0) heap_->kept.push_back(std::move(ranges_[rank_]));  // some tensors live on
 }
 
 std::string PeerGroup::meet() {
@@ -64,130 +55,41 @@ std::string PeerGroup::meet() {
     cpu::Config config;
     char box[33];
   };
+  Wishes mine{};
   std::string failure = agree(host_, [&] {
     if (host_.world() > cuda_device::kMaxRanks) throw_unsupported("there are more than 16 ranks");
-    box_.emplace(host_.world());
+    std::copy_n(memory_.open_box().begin(), 32, mine.box);
     blocks_ =
         std::make_unique<ReservedBlocks>(device_.index(), config_.channels > 0 ? config_.channels : kMostChannels);
     config_.channels = blocks_->count();
   });
   if (!failure.empty()) return failure;
-  Wishes mine{config_, {}};
-  std::copy_n(box_->token().begin(), 32, mine.box);
+  mine.config = config_;
   std::vector<cpu::Config> wishes;
+  std::vector<std::string> boxes;
   for (const Wishes& w : gather(host_, mine)) {
     wishes.push_back(w.config);
-    boxes_.emplace_back(w.box);
+    boxes.emplace_back(w.box);
   }
   config_ = cpu::Config::least(wishes);
   blocks_->keep(config_.channels);
-  for (const auto step : {&PeerGroup::make_segment, &PeerGroup::send_segment, &PeerGroup::map_segments}) {
-    failure = agree(host_, [&] { (this->*step)(); });
-    if (!failure.empty()) return failure;
-  }
-  join_multicast();
-  failure = agree(host_, [&] {
-    std::vector<std::byte*> bases;
-    for (const Range& range : ranges_) bases.push_back(range.data());
-    launcher_ = std::make_unique<Launcher>(device_, geometry_, bases, std::vector<int>{host_.rank()},
-                                           multicast_ ? multicast_range_.data() : nullptr);
+  geometry_ = device_geometry(config_, host_.world(), config_.channels);
+  geometry_.heap_bytes = round_up(config_.heap_bytes, PeerHeap::kGrain);
+  failure = memory_.meet(std::move(boxes), geometry_);
+  if (!failure.empty()) return failure;
+  return agree(host_, [&] {
+    launcher_ = std::make_unique<Launcher>(device_, geometry_, memory_.segments(), std::vector<int>{host_.rank()},
+                                           memory_.multicast(), host_.names());
     const cpu::SignalsBlocked no_signals;
     watcher_ = std::thread([this] { watch(); });
   });
-  return failure;
-}
-
-void PeerGroup::make_segment() {
-  geometry_ = device_geometry(config_, host_.world(), config_.channels);
-  const size_t granularity = Physical::granularity(device_.index());
-  if (kHeapGrain % granularity != 0) throw_unsupported("memory comes in pieces of more than 2 MiB");
-  geometry_.heap_bytes = round_up(config_.heap_bytes, kHeapGrain);
-  segment_ = Physical::create(device_.index(), geometry_.heap_offset());
-  Range& range = ranges_[host_.rank()];
-  range = Range(device_.index(), geometry_.segment_bytes());
-  range.append(segment_);
-  const cudaStream_t stream = at::cuda::getCurrentCUDAStream().stream();
-  check_cuda(cudaMemsetAsync(range.data(), 0, geometry_.scratch_bytes(), stream), "preparing the segment");
-  check_cuda(cudaStreamSynchronize(stream), "preparing the segment");
-  heap_->base = range.data() + geometry_.heap_offset();
-  heap_->range = &range;
-  heap_->limit = geometry_.heap_bytes;
-  heap_->sent.assign(host_.world(), 0);
-  heap_->self = host_.rank();
-}
-
-void PeerGroup::send_segment() {
-  const cpu::Fd descriptor(segment_.share());
-  const int descriptors[] = {descriptor.get()};
-  for (int r = 0; r < host_.world(); ++r) {
-    if (r == host_.rank()) continue;
-    if (cpu::DescriptorBox::send(boxes_[r], host_.rank(), 0, descriptors) != cpu::DescriptorBox::Sent::kYes) {
-      throw Error(ErrorKind::kError, "pycoll: rank " + std::to_string(r) + " cannot be sent a descriptor", r);
-    }
-  }
-}
-
-// All ranks have sent theirs.
-void PeerGroup::map_segments() {
-  for (int missing = host_.world() - 1; missing > 0;) {
-    const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(1000));
-    if (!delivery) throw Error(ErrorKind::kError, "pycoll: a peer's memory did not arrive");
-    const int r = delivery->sender;
-    if (r < 0 || r >= host_.world() || r == host_.rank() || ranges_[r].mapped() > 0) continue;
-    const Physical theirs = Physical::import(delivery->descriptors.at(0).get(), geometry_.heap_offset());
-    ranges_[r] = Range(device_.index(), geometry_.segment_bytes());
-    ranges_[r].append(theirs);
-    --missing;
-  }
-}
-
-// The segments at one address, through the switch; without, where that fails anywhere.
-void PeerGroup::join_multicast() {
-  const int rank = host_.rank(), world = host_.world();
-  const size_t bytes = geometry_.heap_offset();
-  const auto together = [&](const auto& step) { return agree(host_, step).empty(); };
-  const bool joined =
-      together([&] {
-        if (world < 2 || !Physical::has_multicast(device_.index()) ||
-            bytes % Physical::multicast_granularity(world) != 0) {
-          throw_unsupported("there is no multicast");
-        }
-      }) &&
-      together([&] {
-        if (rank != 0) return;
-        multicast_ = Physical::create_multicast(world, bytes);
-        const cpu::Fd descriptor(multicast_.share());
-        const int descriptors[] = {descriptor.get()};
-        for (int r = 1; r < world; ++r) {
-          if (cpu::DescriptorBox::send(boxes_[r], 0, 1, descriptors) != cpu::DescriptorBox::Sent::kYes) {
-            throw_unsupported("a peer cannot be sent a descriptor");
-          }
-        }
-      }) &&
-      together([&] {
-        if (rank != 0) {
-          const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(1000));
-          if (!delivery || delivery->sender != 0 || delivery->tag != 1) throw_unsupported("nothing arrived");
-          multicast_ = Physical::import(delivery->descriptors.at(0).get(), bytes);
-        }
-        multicast_.add_device(device_.index());
-      }) &&
-      together([&] { multicast_.bind(segment_); }) &&  // waits for all devices, which are there by now
-      together([&] {
-        multicast_range_ = Range(device_.index(), bytes);
-        multicast_range_.append(multicast_);
-      });
-  if (!joined) {
-    multicast_range_ = Range();
-    multicast_ = Physical();
-  }
 }
 
 void PeerGroup::launch(const cpu::Call& call) {
   const std::lock_guard guard(lock_);
   failure_->throw_if_any();
   if (const std::exception_ptr failed = launcher_->failure()) std::rethrow_exception(failed);
-  const Choice choice = choose(config_, call, host_.world(), geometry_.channels, static_cast<bool>(multicast_));
+  const Choice choice = choose(config_, call, host_.world(), geometry_.channels, memory_.multicast() != nullptr);
   const c10::cuda::CUDAGuard on(device_);
   try {
     launch(call, choice);
@@ -199,7 +101,7 @@ void PeerGroup::launch(const cpu::Call& call) {
 
 void PeerGroup::fail(const std::string& why) {
   const std::string what = why.substr(why.starts_with("pycoll: ") ? 8 : 0);
-  const Error error(ErrorKind::kError, "pycoll: rank " + std::to_string(rank_) + " could not launch a call: " + what,
+  const Error error(ErrorKind::kError, "pycoll: " + host_.names().rank(rank_) + " could not launch a call: " + what,
                     rank_);
   failure_->set(std::make_exception_ptr(error));
   monitor_.fail(error);
@@ -208,15 +110,15 @@ void PeerGroup::fail(const std::string& why) {
 
 void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
   const bool captured = is_capturing(at::cuda::getCurrentCUDAStream().stream());
-  if (!captured) take_in_peers_memory();
+  if (!captured) memory_.take_in_peers_memory();
   const size_t element = size_of(call.dtype);
   const InOut elements = elements_of(call, host_.world());
   cuda_device::DeviceCall d{};
   d.channels = choice.channels;
   d.record = {.sequence = 0,  // of a graph's calls nobody knows it
               .count = call.count,
-              .in_offset = mapped_offset(call.in, elements.in * element),
-              .out_offset = mapped_offset(call.out, elements.out * element),
+              .in_offset = memory_.mapped_offset(call.in, elements.in * element),
+              .out_offset = memory_.mapped_offset(call.out, elements.out * element),
               .root = call.root,
               .collective = call.collective,
               .dtype = call.dtype,
@@ -247,57 +149,6 @@ void PeerGroup::launch(const cpu::Call& call, const Choice& choice) {
   recorder.end(begun, /*failed=*/false);
 }
 
-// Where memory lies in the heap, if all peers have mapped it by now.
-uint64_t PeerGroup::mapped_offset(const void* p, size_t bytes) const {
-  const std::lock_guard guard(heap_->lock);
-  const uint64_t offset = heap_->offset_of(p, bytes);
-  if (offset == kNotMapped) return kNotMapped;
-  for (int r = 0; r < host_.world(); ++r) {
-    if (r == host_.rank()) continue;
-    if (load_acquire(host_.mapped_device_heap(r, host_.rank())) < offset + bytes) return kNotMapped;
-  }
-  return offset;
-}
-
-void PeerGroup::send_new_memory() try {
-  const std::lock_guard guard(heap_->lock);
-  for (int r = 0; r < host_.world(); ++r) {
-    if (r == host_.rank()) continue;
-    for (size_t& next = heap_->sent[r]; next < heap_->parts.size(); ++next) {
-      const PeerHeap::Part& part = heap_->parts[next];
-      const cpu::Fd descriptor(part.memory.share());
-      const int descriptors[] = {descriptor.get()};
-      const uint64_t tag = part.begin / kHeapGrain << 32 | part.memory.bytes() / kHeapGrain;
-      if (cpu::DescriptorBox::send(boxes_[r], host_.rank(), tag, descriptors) != cpu::DescriptorBox::Sent::kYes) break;
-    }
-  }
-  store_release(host_.mapped_device_heap(host_.rank(), host_.rank()), uint64_t{heap_->blocks.size()});
-} catch (const std::exception&) {  // no descriptors left, say: tried again with the next call; till then it is staged
-}
-
-void PeerGroup::take_in_peers_memory() try {
-  const int rank = host_.rank();
-  if (heap_->has_unsent()) send_new_memory();
-  for (int r = 0; r < host_.world(); ++r) {
-    const auto behind = [&] {
-      return r != rank && load_acquire(host_.mapped_device_heap(r, r)) > host_.mapped_device_heap(rank, r);
-    };
-    while (behind()) {
-      const std::optional<cpu::Delivery> delivery = box_->take(std::chrono::milliseconds(0));
-      if (!delivery) return;  // later
-      const int sender = delivery->sender;
-      const size_t begin = (delivery->tag >> 32) * kHeapGrain, bytes = (delivery->tag & 0xffffffff) * kHeapGrain;
-      if (sender < 0 || sender >= host_.world() || sender == rank || delivery->descriptors.empty() ||
-          begin + geometry_.heap_offset() != ranges_[sender].mapped()) {
-        continue;
-      }
-      ranges_[sender].append(Physical::import(delivery->descriptors[0].get(), bytes));
-      store_release(host_.mapped_device_heap(rank, sender), uint64_t{begin + bytes});
-    }
-  }
-} catch (const std::exception&) {  // it stays unmapped here, and is staged
-}
-
 at::Tensor PeerGroup::empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   int64_t count = 1;
   for (const int64_t n : sizes) count *= n;
@@ -306,23 +157,20 @@ at::Tensor PeerGroup::empty(at::IntArrayRef sizes, const at::TensorOptions& opti
     if (is_capturing(at::cuda::getCurrentCUDAStream().stream())) {
       throw_unsupported("empty() in the capture of a CUDA graph: make the tensor before");
     }
-    std::byte* block = heap_->take(static_cast<size_t>(count) * options.dtype().itemsize());
-    send_new_memory();
-    const auto give_back = [heap = heap_](void* p) { heap->give_back(static_cast<std::byte*>(p)); };
+    std::byte* block = memory_.heap()->take(static_cast<size_t>(count) * options.dtype().itemsize());
+    memory_.send_new_memory();
+    const auto give_back = [heap = memory_.heap()](void* p) { heap->give_back(static_cast<std::byte*>(p)); };
     return at::from_blob(block, sizes, give_back, options.device(device_));
   } catch (const cuda_device::DriverError& e) {
     throw Error(ErrorKind::kError, e.what());
   }
 }
 
-size_t PeerGroup::footprint() const {
-  const std::lock_guard guard(heap_->lock);
-  return segment_.bytes() + launcher_->footprint() + heap_->blocks.size();
-}
+size_t PeerGroup::footprint() const { return memory_.footprint() + launcher_->footprint(); }
 
 std::string PeerGroup::describe() const {
   return "peers, this one on " + device_.str() + ", " + std::to_string(geometry_.channels) + " channels" +
-         (multicast_ ? ", multicast" : "");
+         (memory_.multicast() ? ", multicast" : "");
 }
 
 // What stops the kernels of this rank reaches the others, and the other way round.

@@ -5,10 +5,8 @@
 #include <condition_variable>
 #include <thread>
 
-#include "cpu/descriptors.h"
-#include "cuda/memory.h"
 #include "torch/cuda/launcher.h"
-#include "torch/cuda/peer_heap.h"
+#include "torch/cuda/peer_memory.h"
 #include "torch/cuda/reserved_blocks.h"
 #include "torch/device.h"
 
@@ -32,14 +30,7 @@ class PeerGroup : public Device {
   std::string describe() const override;
 
  private:
-  void make_segment();
-  void send_segment();
-  void map_segments();
-  void join_multicast();
   void launch(const cpu::Call& call, const Choice& choice);
-  uint64_t mapped_offset(const void* p, size_t bytes) const;
-  void send_new_memory();
-  void take_in_peers_memory();
   void watch();
 
   cpu::Communicator& host_;  // not in the destructor, nor in watch()
@@ -50,12 +41,7 @@ class PeerGroup : public Device {
   cpu::Config config_;
   std::unique_ptr<ReservedBlocks> blocks_;
   Geometry geometry_{};
-  std::optional<cpu::DescriptorBox> box_;
-  std::vector<std::string> boxes_;  // of all ranks
-  cuda_device::Physical segment_, multicast_;
-  std::vector<cuda_device::Range> ranges_;  // [world] segment and heap of each rank
-  cuda_device::Range multicast_range_;
-  std::shared_ptr<PeerHeap> heap_;
+  PeerMemory memory_;
   std::unique_ptr<Launcher> launcher_;
   std::mutex lock_;  // of what launch() changes
 
