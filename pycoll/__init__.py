@@ -11,7 +11,10 @@ from pycoll import _build
 _build.check()
 
 import pycoll_autoload  # noqa: E402 - the check comes first
+from pycoll.buckets import GradientBuckets  # noqa: E402
 from pycoll.communicator import Communicator  # noqa: E402
+from pycoll.data_parallel import DataParallel  # noqa: E402
+from pycoll.ddp_hook import WireState, ddp_hook  # noqa: E402
 from pycoll.errors import (  # noqa: E402
     Error,
     MismatchError,
@@ -23,6 +26,7 @@ from pycoll.errors import (  # noqa: E402
 from pycoll.info import info  # noqa: E402
 from pycoll.local_group import LocalGroup  # noqa: E402
 from pycoll.optim import FusedAdam  # noqa: E402
+from pycoll.sharded import ShardedAdam  # noqa: E402
 from pycoll.trace import group_trace  # noqa: E402
 from pycoll.tuning import Config  # noqa: E402
 from pycoll.version import __version__  # noqa: E402
@@ -40,15 +44,20 @@ def __getattr__(name: str) -> ModuleType:
 __all__ = [
     "Communicator",
     "Config",
+    "DataParallel",
     "Error",
     "FusedAdam",
+    "GradientBuckets",
     "LocalGroup",
     "MismatchError",
     "PeerLostError",
+    "ShardedAdam",
     "TimeoutError",
     "UnsupportedError",
     "UsageError",
+    "WireState",
     "__version__",
+    "ddp_hook",
     "group_trace",
     "info",
 ]

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from pycoll import _C
+from pycoll.buckets import measured_squares
 from pycoll.errors import UsageError
+from pycoll.fused_step import fused_step
 
 FLOAT_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
 """State of an element, which is fp32 whatever its parameter is."""
@@ -49,6 +51,7 @@ class FusedAdam(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler sets grad_scale and found_inf, and leaves the rest to step
     _clip: Tensor | None = None  # of clip_grad_norm, for the next step
     _unscales = False  # whether _clip knows of the scaler, and holds its scale
+    _scale: Tensor | None = None  # that it holds
 
     def __init__(
         self,
@@ -141,15 +144,16 @@ class FusedAdam(torch.optim.Optimizer):
                 if param.grad is not None:
                     by_device.setdefault(param.device, []).append((param, first))
                 first += param.numel()
-            for device, params in by_device.items():
-                self._step_group(group, device, params)
+            for params in by_device.values():
+                self._step_group(group, params)
         self._clip, self._unscales = None, False
         return loss
 
     def clip_grad_norm(self, max_norm: float, *, scaler: GradScaler | None = None) -> Tensor:
         """Measures the 2-norm of all gradients together; the next `step` scales them to `max_norm` where it is larger.
 
-        One pass that reads the gradients, summed in fp64 in an order that does not depend on threads. It holds for the
+        One pass that reads the gradients, summed in fp64 in an order that does not depend on threads; none where
+        GradientBuckets have measured them while they averaged them. It holds for the
         next `step` only, and `zero_grad` forgets it. Gradients keep their values.
 
         Args:
@@ -168,23 +172,19 @@ class FusedAdam(torch.optim.Optimizer):
         """
         if not max_norm > 0:
             raise UsageError(f"pycoll: clip_grad_norm: max_norm must be positive, not {max_norm}")
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    by_device.setdefault(param.grad.device, []).append(param.grad)
-        where = next(iter(by_device), torch.device("cpu"))
-        sums = [_C.sum_of_squares(grads).reshape(1).to(where) for grads in by_device.values()]
-        total = torch.cat(sums) if len(sums) > 1 else sums[0] if sums else torch.zeros(1, dtype=torch.float64)
+        total = self._sums_of_squares()
+        where = total.device
         scale, checked = None, None
         if scaler is not None and scaler.is_enabled():
             checked = scaler._per_optimizer_states[id(self)]
             if checked["stage"] is OptState.STEPPED:
                 raise UsageError("pycoll: clip_grad_norm: the scaler has stepped already: call scaler.update() first")
-            if checked["stage"] is OptState.READY:
+            if checked["stage"] is OptState.UNSCALED and self._unscales:
+                scale = self._scale  # measured before
+            elif checked["stage"] is OptState.READY:
                 scale = scaler.scale(torch.ones((), device=where)).to(torch.float32)
         norm, factor, found_inf = _C.clip_to_norm(total, scale, max_norm)
-        self._clip, self._unscales = factor, checked is not None
+        self._clip, self._unscales, self._scale = factor, checked is not None, scale
         if checked is not None and scale is not None:
             # As scaler.unscale_ leaves it: the gradients have been checked, and nothing remains to be unscaled.
             checked["found_inf_per_device"] = {where: found_inf}
@@ -228,34 +228,31 @@ class FusedAdam(torch.optim.Optimizer):
                 elif name == "step" and not isinstance(value, Tensor):
                     values[name] = torch.tensor(float(value), dtype=torch.float32, device=param.device)
 
-    def _step_group(self, group: dict[str, Any], device: torch.device, params: list[tuple[Tensor, int]]) -> None:
+    def _sums_of_squares(self) -> Tensor:
+        """Of all gradients: some numbers to be added, shape (n,), fp64, on the first gradient's device."""
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if (measured := measured_squares(params)) is not None:
+            return measured
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for param in params:
+            by_device.setdefault(param.grad.device, []).append(param.grad)
+        where = next(iter(by_device), torch.device("cpu"))
+        sums = [_C.sum_of_squares(grads).reshape(1).to(where) for grads in by_device.values()]
+        return torch.cat(sums) if len(sums) > 1 else sums[0] if sums else torch.zeros(1, dtype=torch.float64)
+
+    def _step_group(self, group: dict[str, Any], params: list[tuple[Tensor, int]]) -> None:
         """Those of a group that lie on one device; with each the index of its first element among all."""
         states = [self._state_of(param, group) for param, _ in params]
-        lr = group["lr"]
-        lr_tensor = None
-        if isinstance(lr, Tensor) and lr.is_cuda and device.type == "cuda":  # read there, at each replay of a graph
-            lr_tensor = _on(lr.detach().reshape(()).to(torch.float32), device)
-        _C.adam_step(
-            params=[param for param, _ in params],
-            grads=[param.grad for param, _ in params],
-            masters=[state.get("master_param") if group["master_weights"] else None for state in states],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            max_exp_avg_sqs=[state["max_exp_avg_sq"] if group["amsgrad"] else None for state in states],
-            steps=[state["step"] for state in states],
-            firsts=[first for _, first in params],
-            lr_tensor=lr_tensor,
-            lr=0.0 if lr_tensor is not None else float(lr),
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            stochastic=group["stochastic_rounding"],
-            grad_scale=_on(getattr(self, "grad_scale", None), device),
-            clip=_on(self._clip, device),
-            found_inf=_on(getattr(self, "found_inf", None), device),
+        fused_step(
+            group,
+            [param for param, _ in params],
+            [param.grad for param, _ in params if param.grad is not None],
+            states,
+            [state["step"] for state in states],
+            [first for _, first in params],
+            grad_scale=getattr(self, "grad_scale", None),
+            clip=self._clip,
+            found_inf=getattr(self, "found_inf", None),
         )
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -296,7 +293,3 @@ def _fitting(name: str, value: Tensor, param: Tensor) -> Tensor:
         return value.detach().to(param.device, torch.float32 if name == "step" else None, copy=True)
     fitted = torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
     return fitted.copy_(value.detach())
-
-
-def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if scalar is None else scalar.to(device, non_blocking=True)

@@ -131,6 +131,17 @@ class Window {
     if (dst != src) exec_.copy(dst, src, bytes(s));
   }
 
+  // On my shard of all ranks' inputs and outputs.
+  PYCOLL_HD void work_on_shard() {
+    const void** in = exec_.sources();
+    void** out = exec_.destinations();
+    for (int r = 0; r < world(); ++r) {
+      in[r] = peers_.heap(r) + records_[r].in_offset;
+      out[r] = output_mapped(r) ? peers_.heap(r) + records_[r].out_offset : nullptr;
+    }
+    exec_.work(in, out);
+  }
+
   // Multimem: the switch adds chunk `c` of all ranks' slots, and writes the sum into all of them.
   PYCOLL_HD void reduce_in_switch(int c) {
     const size_t offset = static_cast<size_t>(place(rank(), c) - peers_.base[rank()]);

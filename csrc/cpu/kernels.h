@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "core/combine.h"
+#include "core/wire.h"
 
 namespace pycoll::cpu {
 
@@ -13,7 +14,11 @@ struct Kernels {
   void (*combine[kDTypeCount][kReduceOpCount])(const CombineArgs&);  // any address, aligned or not; null: see kReduces
   void (*copy)(void* dst, const void* src, size_t bytes);            // the two do not overlap
   void (*stream)(void* dst, const void* src, size_t bytes);          // the same, past the caches
-  const char* isa;                                                   // "baseline", "avx2" or "avx512"
+  // A block of kScaleBlock floats, each plus its `residual`, as 8 bits; the residual becomes what rounding has taken. Where
+  // a value is not finite the scale is NaN, and the residual stays. `residual`: may be null.
+  void (*quantize)(const float* values, float* residual, int8_t* elements, float* scale);
+  void (*dequantize)(const Int8Unit& unit, float* to);
+  const char* isa;  // "baseline", "avx2" or "avx512"
 };
 
 // The best that this CPU has, or what the environment variable PYCOLL_SIMD names. Throws std::invalid_argument where

@@ -99,11 +99,13 @@ void stream(void* dst, const void* src, size_t bytes) {
 }
 
 // Asks for the next block of each source while this one is worked on: the processor's own prefetcher stops at the end
-// of a page.
+// of a page. Sources of 16 bits, half as long, are better left to it. Inlined, always: a function that only prefetches
+// is none to the compiler.
 template <class T>
-void prefetch_block(const CombineArgs& a, size_t at) {
+PYCOLL_HD void prefetch_block(const CombineArgs& a, size_t at) {
   for (int k = 0; k < a.src_count && k < kFanIn; ++k) {
-    const size_t size = a.is_wire(k) ? sizeof(Accumulator<T>) : sizeof(T);
+    if (kWidens<T> && !a.is_wire(k)) continue;
+    constexpr size_t size = sizeof(Accumulator<T>);
     const auto* const begin = static_cast<const std::byte*>(a.src[k]) + at * size;
     for (size_t i = 0; i < kBlock<T> * size; i += 64) __builtin_prefetch(begin + i);
   }
@@ -131,6 +133,39 @@ void combine(const CombineArgs& a) {
   }
 }
 
+void quantize(const float* values, float* residual, int8_t* elements, float* scale) {
+  alignas(64) float x[kScaleBlock];
+  int32_t largest_bits = 0;  // as integers magnitudes have the same order, and NaNs are above infinity
+  PYCOLL_INDEPENDENT
+  for (size_t i = 0; i < kScaleBlock; ++i) x[i] = values[i] + (residual != nullptr ? residual[i] : 0);
+  for (size_t i = 0; i < kScaleBlock; ++i) {
+    const int32_t bits = static_cast<int32_t>(__builtin_bit_cast(uint32_t, x[i]) & 0x7fffffff);
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  const float largest = __builtin_bit_cast(float, largest_bits);
+  const float steps = steps_per_one(largest), step = steps != 0 ? worth_of_step(largest) : 0.0f;
+  if (largest_bits >= 0x7f800000) {
+    *scale = __builtin_nanf("");
+    __builtin_memset(elements, 1, kScaleBlock);
+    return;
+  }
+  *scale = step;
+  PYCOLL_INDEPENDENT
+  for (size_t i = 0; i < kScaleBlock; ++i) elements[i] = static_cast<int8_t>(nearest(x[i] * steps));
+  if (residual == nullptr) return;
+  PYCOLL_INDEPENDENT
+  for (size_t i = 0; i < kScaleBlock; ++i) residual[i] = x[i] - static_cast<float>(elements[i]) * step;
+}
+
+void dequantize(const Int8Unit& unit, float* to) {
+  for (size_t block = 0; block < kScales; ++block) {
+    const float scale = unit.scales[block];
+    const int8_t* const elements = unit.elements + block * kScaleBlock;
+    PYCOLL_INDEPENDENT
+    for (size_t i = 0; i < kScaleBlock; ++i) to[block * kScaleBlock + i] = static_cast<float>(elements[i]) * scale;
+  }
+}
+
 template <class T, ReduceOp... Ops>
 constexpr void fill_row(Kernels& table, DType dtype) {
   ((table.combine[static_cast<int>(dtype)][static_cast<int>(Ops)] = combine<T, Ops>), ...);
@@ -148,6 +183,8 @@ constexpr Kernels make_table() {
   Kernels table{};
   table.copy = copy;
   table.stream = stream;
+  table.quantize = quantize;
+  table.dequantize = dequantize;
   table.isa = kIsa;
   fill<float>(table, DType::kFloat32);
   fill<double>(table, DType::kFloat64);

@@ -2,25 +2,13 @@
 // done counts the steps, or adds what the others have found, in an order that does not depend on who was when.
 #include <cuda_runtime.h>
 
-#include "core/atomic.h"
 #include "cuda/adam.h"
+#include "cuda/chunks.cuh"
 #include "cuda/combine.cuh"
 
 namespace pycoll::cuda_device {
 
 namespace {
-
-constexpr int kAdamThreads = 256;
-
-// True in all threads of the block that comes last, to which all that the others have written is visible.
-__device__ bool comes_last(uint32_t* finished, uint32_t blocks) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) last = fetch_add_seq_cst(*finished, 1u) + 1 == blocks;
-  __syncthreads();
-  if (last && threadIdx.x == 0) store_relaxed(*finished, 0u);
-  return last;
-}
 
 // A function a pair of dtypes, not inlined: the kernel then takes the registers of the largest alone.
 template <class P, class G>
@@ -28,7 +16,7 @@ __device__ __noinline__ void adam_chunk(const Threads& threads, const AdamPiece&
   adam_strided<P, G>(threads, piece, scalars);
 }
 
-__global__ void __launch_bounds__(kAdamThreads) adam_kernel(AdamLaunch launch) {
+__global__ void __launch_bounds__(kChunkThreads) adam_kernel(AdamLaunch launch) {
   __shared__ AdamScalars scalars;
   if (launch.chunk_count > 0 && !skips(launch)) {
     const Chunk chunk = launch.chunks[blockIdx.x];
@@ -49,9 +37,9 @@ __global__ void __launch_bounds__(kAdamThreads) adam_kernel(AdamLaunch launch) {
 
 // The sum of one value a thread, in thread 0.
 __device__ double block_sum(double value) {
-  __shared__ double values[kAdamThreads];
+  __shared__ double values[kChunkThreads];
   values[threadIdx.x] = value;
-  for (unsigned half = kAdamThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = kChunkThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
   }
@@ -60,7 +48,7 @@ __device__ double block_sum(double value) {
   return sum;
 }
 
-__global__ void __launch_bounds__(kAdamThreads) squares_kernel(SquaresLaunch launch) {
+__global__ void __launch_bounds__(kChunkThreads) squares_kernel(SquaresLaunch launch) {
   const Chunk chunk = launch.chunks[blockIdx.x];
   const SquaresSource& source = launch.sources[chunk.tensor];
   const size_t begin = chunk.index * kChunk, left = source.count - begin;
@@ -96,12 +84,12 @@ __global__ void store_kernel(std::byte* to, TablePart part, size_t size) {
 
 int launch_adam(const AdamLaunch& launch, void* stream) {
   const unsigned blocks = launch.chunk_count > 0 ? launch.chunk_count : 1;  // the steps count all the same
-  adam_kernel<<<blocks, kAdamThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+  adam_kernel<<<blocks, kChunkThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
   return static_cast<int>(cudaGetLastError());
 }
 
 int launch_squares(const SquaresLaunch& launch, void* stream) {
-  squares_kernel<<<launch.chunk_count, kAdamThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+  squares_kernel<<<launch.chunk_count, kChunkThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -111,7 +99,7 @@ int launch_clip(const ClipLaunch& launch, void* stream) {
 }
 
 int launch_store(void* to, const TablePart& part, size_t size, void* stream) {
-  store_kernel<<<1, kAdamThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<std::byte*>(to), part, size);
+  store_kernel<<<1, kChunkThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<std::byte*>(to), part, size);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -1,19 +1,14 @@
 // What the CUDA side offers to FusedAdam: plain data in, an error code out. No torch, and no CUDA header either.
 //
-// Tensors are cut into chunks, a block each; both tables lie in device memory. Steps are counted there, too, and
-// nothing is read on the host, so that a launch can be captured in a graph.
+// Steps are counted in device memory, where the tables of cuda/chunks.h lie too, and nothing is read on the host, so that
+// a launch can be captured in a graph.
 #pragma once
 
 #include "core/adam_strided.h"
 #include "core/dtype.h"
+#include "cuda/chunks.h"
 
 namespace pycoll::cuda_device {
-
-constexpr size_t kChunk = 16384;  // elements of a block
-
-struct Chunk {
-  uint32_t tensor, index;  // elements from index * kChunk on
-};
 
 // A tensor: the piece is all of it.
 struct AdamTarget {
@@ -51,12 +46,6 @@ struct SquaresLaunch {
   double* sum;         // the result
 };
 
-// Bytes by value, for a captured graph to hold.
-struct TablePart {
-  static constexpr size_t kBytes = 3840;
-  std::byte bytes[kBytes];
-};
-
 struct ClipLaunch {
   const double* sums;
   int count;
@@ -66,8 +55,6 @@ struct ClipLaunch {
 };
 
 // What a block of a kernel does that needs no GPU.
-
-PYCOLL_HD float value_or(const float* scalar, float otherwise) { return scalar != nullptr ? *scalar : otherwise; }
 
 PYCOLL_HD bool skips(const AdamLaunch& a) { return value_or(a.found_inf, 0) != 0; }
 
@@ -92,19 +79,9 @@ PYCOLL_HD AdamPiece piece_of(const AdamTarget& target, uint32_t index) {
   return p;
 }
 
-// f(TypeTag<T>{}) for the float dtypes that an optimizer knows.
-template <class F>
-PYCOLL_HD auto dispatch_float(DType dtype, const F& f) {
-  if (dtype == DType::kFloat16) return f(TypeTag<Float16>{});
-  if (dtype == DType::kBFloat16) return f(TypeTag<BFloat16>{});
-  return f(TypeTag<float>{});
-}
-
 // All of these return a cudaError_t.
 int launch_adam(const AdamLaunch& launch, void* stream);
 int launch_squares(const SquaresLaunch& launch, void* stream);
 int launch_clip(const ClipLaunch& launch, void* stream);
-// Writes `size` bytes of `part` to device memory.
-int launch_store(void* to, const TablePart& part, size_t size, void* stream);
 
 }  // namespace pycoll::cuda_device

@@ -1,9 +1,9 @@
-// The kernels of torch without which no tensor can be filled, made contiguous or cast. See fake.h.
+// The kernels of torch without which no tensor can be filled, made contiguous or cast, and no gradient be added. See fake.h.
 //
 // torch has two forms of an elementwise kernel (ATen/native/cuda/CUDALoops.cuh):
 //   vectorized_elementwise_kernel, unrolled_elementwise_kernel   (int n, functor, char* data[], ...)   all contiguous
 //   elementwise_kernel                                           (int n, {offset calculator, char* data[], functor, ...})
-// data[0] is the output, data[1] the input. Where the input has another dtype than the functor's argument (a "cast"),
+// data[0] is the output, the others are inputs. Sums there are of contiguous elements of one dtype alone. Where the input has another dtype than the functor's argument (a "cast"),
 // that dtype is an argument too. The layouts are those of torch 2.11.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -144,11 +144,29 @@ int copy(int n, int to, int from, char* const* data, Offset&& offset) {
   return known ? 0 : kUnknownKernel;
 }
 
+// CUDAFunctor_add<T>, of which `alpha` is all.
+int add(int n, int dtype, char* const* data, const void* alpha) {
+  float factor;
+  std::memcpy(&factor, alpha, sizeof factor);
+  const bool known = with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int i = 0; i < n; ++i) {
+      T a, b;
+      std::memcpy(&a, data[1] + i * sizeof(T), sizeof(T));
+      std::memcpy(&b, data[2] + i * sizeof(T), sizeof(T));
+      const T sum = convert<T>(static_cast<float>(plain(a)) + factor * static_cast<float>(plain(b)));
+      std::memcpy(data[0] + i * sizeof(T), &sum, sizeof(T));
+    }
+  });
+  return known ? 0 : kUnknownKernel;
+}
+
 size_t contiguous(int i, size_t, size_t element_bytes) { return static_cast<size_t>(i) * element_bytes; }
 
 struct Found {
   enum { kVectorized, kUnrolled, kStrided } form;
   bool fill;
+  bool add;
   bool cast;     // the input's dtype is an argument
   int to, from;  // unless it is a cast
 };
@@ -187,6 +205,12 @@ std::optional<Found> recognise(std::string_view name) {
     found.fill = true;
     found.to = dtype_named(between(name, "at::native::FillFunctor<", ">"));
     if (found.cast) return {};
+  } else if (name.find("at::native::CUDAFunctor_add<") != name.npos) {
+    found.add = true;
+    found.to = dtype_named(between(name, "at::native::CUDAFunctor_add<", ">"));
+    constexpr int kFloat = 6;
+    const bool known = found.to == kFloat || found.to == kHalf || found.to == kBFloat16;  // whose alpha is a float
+    if (found.form != Found::kVectorized || !known) return {};
   } else if (name.find("copy_kernel_cuda(") != name.npos) {
     found.from = dtype_named(lambda_argument(name));
     found.to = name.find("bfloat16_copy_kernel_cuda(") != name.npos  ? kBFloat16
@@ -225,6 +249,7 @@ int run_aten_kernel(const std::string& name, void** args) {
   }
   auto* const data = static_cast<char* const*>(args[2]);
   if (found->fill) return fill(n, found->to, data[0], args[1], contiguous);
+  if (found->add) return add(n, found->to, data, args[1]);
   const int from = found->cast ? static_cast<const Cast*>(args[5])->dtype : found->from;
   const int to = found->cast ? static_cast<const Cast*>(args[6])->dtype : found->to;
   return copy(n, to, from, data, contiguous);
@@ -238,8 +263,8 @@ size_t aten_argument_bytes(const std::string& name, int index) {
     if (index > 1) return 0;
     return found->fill ? offsetof(StridedFill, value) + dtype_bytes(found->to) : sizeof(StridedCopy);
   }
-  if (index == 1) return found->fill ? dtype_bytes(found->to) : 1;
-  if (index == 2) return found->fill ? sizeof(char*) : 2 * sizeof(char*);
+  if (index == 1) return found->fill ? dtype_bytes(found->to) : found->add ? sizeof(float) : 1;
+  if (index == 2) return (found->fill ? 1 : found->add ? 3 : 2) * sizeof(char*);
   if (index > 6 || found->form == Found::kVectorized) return 0;
   return index > 4 && found->cast ? sizeof(Cast) : 1;
 }

@@ -10,6 +10,7 @@
 #include "cuda/adam.h"
 #include "cuda/block.h"
 #include "cuda/launch.h"
+#include "cuda/pack.h"
 #include "fake.h"
 
 namespace {
@@ -83,7 +84,51 @@ void run_clip(const ClipLaunch& launch) {
   launch.result[2] = c.found_inf;
 }
 
-enum class Kernel { kNone, kPrepare, kStep, kWindows, kChannels, kWords, kExchange, kAdam, kSquares, kClip, kStore };
+// A thread alone, as a warp.
+struct LoneWarp : OneThread {
+  static constexpr unsigned kThreads = 1;
+  size_t index() const { return 0; }
+  size_t groups() const { return 1; }
+  int32_t largest(int32_t x) const { return x; }
+};
+
+void run_pack(const PackLaunch& launch) {
+  bool finite = true;
+  for (uint32_t c = 0; c < launch.chunk_count; ++c) {
+    const PackPiece piece = piece_of(launch, launch.chunks[c]);
+    if (piece.grad == nullptr) {
+      pack_zeros(OneThread{}, launch.wire, piece);
+      continue;
+    }
+    dispatch_float(launch.sources[launch.chunks[c].tensor].dtype, [&](auto g) {
+      using G = typename decltype(g)::type;
+      if (launch.wire == Wire::kInt8) {
+        finite &= pack_int8_strided<G>(LoneWarp{}, piece, launch.factor);
+        return;
+      }
+      dispatch_float(dtype_of(launch.wire), [&](auto w) {
+        finite &= pack_strided<G, typename decltype(w)::type>(OneThread{}, piece, launch.factor);
+      });
+    });
+  }
+  if (launch.found_inf != nullptr) *launch.found_inf = finite ? 0.0f : 1.0f;
+}
+
+enum class Kernel {
+  kNone,
+  kPrepare,
+  kStep,
+  kWindows,
+  kChannels,
+  kWords,
+  kExchange,
+  kAdam,
+  kSquares,
+  kClip,
+  kStore,
+  kPack,
+  kAverage
+};
 
 Kernel kernel_of(const char* name) {
   if (std::strstr(name, "11cuda_device") == nullptr) return Kernel::kNone;
@@ -94,6 +139,8 @@ Kernel kernel_of(const char* name) {
   if (std::strstr(name, "squares_kernel")) return Kernel::kSquares;
   if (std::strstr(name, "clip_kernel")) return Kernel::kClip;
   if (std::strstr(name, "store_kernel")) return Kernel::kStore;
+  if (std::strstr(name, "pack_kernel")) return Kernel::kPack;
+  if (std::strstr(name, "average_kernel")) return Kernel::kAverage;
   const char* family = std::strstr(name, "collective_kernel") ? std::strstr(name, "FamilyE") : nullptr;
   if (family == nullptr) return Kernel::kNone;
   constexpr Kernel kOf[] = {Kernel::kWindows, Kernel::kChannels, Kernel::kWords};
@@ -142,6 +189,14 @@ int fake_cuda_run_kernel(const char* name, dim3 grid, dim3, void** args, size_t)
       std::memcpy(*static_cast<void**>(args[0]), static_cast<const TablePart*>(args[1])->bytes,
                   *static_cast<size_t*>(args[2]));
       return 0;
+    case Kernel::kPack:
+      run_pack(*static_cast<const PackLaunch*>(args[0]));
+      return 0;
+    case Kernel::kAverage: {
+      const auto& a = *static_cast<const AverageLaunch*>(args[0]);
+      average_int8_strided(OneThread{}, a.wires, a.world, a.units, a.to);
+      return 0;
+    }
     case Kernel::kNone:
       break;
   }
@@ -166,6 +221,10 @@ size_t fake_cuda_argument_bytes(const char* name, int index) {
       return index == 0 ? sizeof(ClipLaunch) : 0;
     case Kernel::kStore:
       return index == 0 ? sizeof(void*) : index == 1 ? sizeof(TablePart) : index == 2 ? sizeof(size_t) : 0;
+    case Kernel::kPack:
+      return index == 0 ? sizeof(PackLaunch) : 0;
+    case Kernel::kAverage:
+      return index == 0 ? sizeof(AverageLaunch) : 0;
     default:
       return index == 0 ? sizeof(DeviceCall) : 0;
   }
