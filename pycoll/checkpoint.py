@@ -1,24 +1,27 @@
 """Checkpoints of a training run: one safetensors file each, with the weights, the optimizer's state and a JSON header.
 
-What a run draws at random (windows, dropout) follows from its seed and the step: those two are the whole state of the
-sampler and of the random generators. A file appears whole or not at all, also when the process dies while it writes.
+The state is torch.optim.AdamW's with the fp32 masters of 16-bit weights, by the parameters' names: any of torch's
+AdamW, FusedAdam and ShardedAdam takes it up in any world size, in the same dtype or another.
+What a run draws at random follows from its seed, the step and the examples seen: these are the whole state of sampler
+and random generators. A file appears whole or not at all, also when the process dies while it writes.
 """
 
 import json
-import os
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from pycoll.disk import sync
 from pycoll.errors import Error, UsageError
 
-FORMAT = "pycoll-checkpoint-1"
+FORMAT = "pycoll-checkpoint-2"
 KEPT = 2
 """Checkpoints of a run that are kept: the newest, and the one before it."""
 
@@ -33,33 +36,40 @@ class Header:
 
     step: int
     """Optimizer steps done."""
+    seen: int
+    """Examples that all ranks have learned from, those of all epochs."""
     model: Mapping[str, Any]
     """Fields of the model's configuration."""
     config: Mapping[str, Any]
     """Fields of the training configuration."""
     data_digest: str
-    """Digest of the text, see pycoll.data.Corpus."""
+    """Digest of what is learned from."""
     first_loss: float
-    """Training loss of the run's first step, in nats a byte."""
+    """Training loss of the run's first step, in its task's unit."""
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+    """State of the GradScaler; empty where the loss is not scaled."""
 
 
-def save(folder: Path, header: Header, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Writes `folder`/checkpoint-STEP.safetensors, drops the oldest beyond KEPT, and returns the new file's path.
+def save(folder: Path, header: Header, tensors: Mapping[str, Tensor], *, keep: int = KEPT) -> Path:
+    """Writes `folder`/checkpoint-STEP.safetensors, drops the oldest beyond `keep`, and returns the new file's path.
 
     Raises Error where it cannot be written: a full disk, a folder that is read-only.
     """
     path = folder / f"checkpoint-{header.step:08d}.safetensors"
     unfinished = folder / "checkpoint.unfinished"  # One name: what a killed process left is overwritten.
-    metadata = {"format": FORMAT, "header": json.dumps(asdict(header))}
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    sums = {name: _checksum(tensor) for name, tensor in content.items()}
+    said = {"header": json.dumps(asdict(header)), "checksums": json.dumps(sums)}
+    metadata = {"format": FORMAT, **said, "checksum": _checksum_of(said)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(_tensors(model, optimizer), unfinished, metadata)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())  # The name must not reach the disk before the content.
+        save_file(content, unfinished, metadata)
+        sync(unfinished)  # The name must not reach the disk before the content.
         unfinished.replace(path)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         raise Error(f"{path} cannot be written ({error}): the run ends; its earlier checkpoints are whole") from error
-    for old in list_checkpoints(folder)[:-KEPT]:
+    for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
 
@@ -92,6 +102,8 @@ def read_header(path: Path) -> Header:
             metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a checkpoint of `pycoll train` (format {metadata.get('format')})")
+        if metadata["checksum"] != _checksum_of(metadata):
+            raise KeyError("its header has changed since it was written")
         return Header(**json.loads(metadata["header"]))
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
@@ -108,20 +120,51 @@ def require_model(path: Path, header: Header, model: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} is of another model: {details}; leave these as they were, or start a new run")
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills `model` and `optimizer` from the checkpoint file, whose model must be the same (`require_model`)."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
-    for name, parameter in model.named_parameters():
-        prefix = f"optimizer.{name}."
-        state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-        optimizer.state[parameter] = state
+class Tensors:
+    """The tensors of a checkpoint file, read one by one when they are asked for, each against its checksum."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where the file is damaged or something else."""
+        read_header(path)
+        self._path = path
+        self._file = safe_open(path, framework="pt").__enter__()
+        self._sums = json.loads(self._file.metadata()["checksums"])
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return sorted(self._sums)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Raises CheckpointError where it is missing, or not what was written."""
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise self._damaged(str(error)) from error
+        if _checksum(tensor) != self._sums[name]:
+            raise self._damaged(f"{name} has another checksum than when it was written")
+        return tensor
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} is damaged ({why}): resume from an earlier checkpoint of the run")
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` whose tensors are all as they were written; None where there is none."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            tensors = Tensors(path)
+            for name in tensors.names():
+                _ = tensors[name]
+        except CheckpointError:
+            continue
+        return path
+    return None
+
+
+def _checksum_of(said: Mapping[str, str]) -> str:
+    """Of what a file says of itself."""
+    return str(zlib.crc32((said["header"] + said["checksums"]).encode()))
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)

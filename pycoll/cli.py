@@ -18,11 +18,25 @@ from pycoll.errors import Error, UnsupportedError, UsageError
 BENCHMARKS = {
     "adam": ("pycoll.benchmarks.adam", "AdamBench"),
     "all-reduce": ("pycoll.benchmarks.all_reduce", "AllReduceBench"),
+    "buckets": ("pycoll.benchmarks.buckets", "BucketsBench"),
     "collectives": ("pycoll.benchmarks.collectives", "CollectivesBench"),
+    "convergence": ("pycoll.benchmarks.convergence", "ConvergenceBench"),
     "gpu": ("pycoll.benchmarks.gpu", "GpuBench"),
     "local-group": ("pycoll.benchmarks.local_group", "LocalGroupBench"),
+    "relaxed": ("pycoll.benchmarks.relaxed", "RelaxedBench"),
+    "step": ("pycoll.benchmarks.step", "StepBench"),
+    "training": ("pycoll.benchmarks.training", "TrainingBench"),
 }
 """Subject -> module and the class of its settings; the module's `main` takes them and returns the exit status."""
+BENCHMARK_HELP = {
+    "adam": "a step of AdamW",
+    "buckets": "packing, averaging and measuring gradient buckets, in every wire format",
+    "convergence": "what the trainer learns, in each way that it has",
+    "relaxed": "local SGD, DiLoCo and asynchronous training beside synchronous, at equal tokens",
+    "step": "a step of data-parallel training, from local gradients to new parameters everywhere",
+    "training": "a whole step of training a GPT, data parallel and tensor parallel",
+}
+"""What is measured, where it is not a collective."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """measure collectives and the optimizer beside other libraries and the machine's ceiling"""
+    """measure collectives, optimizers, whole steps and the trainer beside other libraries and the machine's ceiling"""
     subjects = {name: _benchmark(name) for name in BENCHMARKS}
     return _choose("pycoll bench", "subject", subjects, arguments)
 
@@ -105,7 +119,7 @@ def _choose(
     """Calls the choice that the first argument names with the others, or explains what there is to choose."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"usage: {program} {what.upper()} [OPTIONS]", "", f"{what}s (each with --help):"]
-        lines += [f"  {name:12}{choice.__doc__}" for name, choice in choices.items()]
+        lines += [f"  {name:17}{choice.__doc__}" for name, choice in choices.items()]
         print("\n".join(lines))
         return 0 if arguments else 2
     if arguments[0] not in choices:
@@ -124,7 +138,7 @@ def _benchmark(subject: str) -> Callable[[Sequence[str]], int]:
         config = tyro.cli(getattr(module, settings), prog=f"pycoll bench {subject}", args=arguments)
         return int(module.main(config))
 
-    run.__doc__ = "a step of AdamW" if subject == "adam" else f"{subject}, at each message size"
+    run.__doc__ = BENCHMARK_HELP.get(subject, f"{subject}, at each message size")
     return run
 
 

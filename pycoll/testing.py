@@ -119,7 +119,7 @@ class Processes:
 
     def __init__(self, fn: Callable[..., Any], world_size: int, *args: Any) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["pycoll.testing", "numpy"])
+        context.set_forkserver_preload(["pycoll.testing", "numpy", "torch._dynamo"])
         self._folder = tempfile.TemporaryDirectory(prefix="pycoll-ranks-", ignore_cleanup_errors=True)
         self._processes: list[mp.process.BaseProcess] = []
         self._connections: list[Connection] = []

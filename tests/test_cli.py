@@ -23,7 +23,7 @@ def test_help_offers_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [[name, "--help"] for name in ("train", "faults", "trace", "info")]
-    + [["bench", name, "--help"] for name in ("adam", "all-reduce")],
+    + [["bench", name, "--help"] for name in ("adam", "all-reduce", "buckets", "convergence", "relaxed", "step")],
 )
 def test_each_command_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -35,7 +35,7 @@ def test_each_command_explains_itself(arguments: list[str], capsys: pytest.Captu
 def test_bench_names_its_subjects(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "\n  adam " in shown and "\n  all-reduce " in shown
+    assert all(f"\n  {name} " in shown for name in ("adam", "all-reduce", "buckets", "step"))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,8 @@ def test_bench_names_its_subjects(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["bench", "sort"],
             "error: pycoll bench has no subject 'sort': "
-            "choose one of adam, all-reduce, collectives, gpu, local-group\n",
+            "choose one of adam, all-reduce, buckets, collectives, convergence, gpu, local-group, relaxed, step, "
+            "training\n",
         ),
         (
             ["train", "--data", "/nowhere"],
@@ -61,7 +62,14 @@ def test_bad_input_ends_with_2_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--steps", "many"], ["train", "--steps", "0"], ["train", "--backend", "carrier-pigeon"]]
+    "arguments",
+    [
+        ["train", "--steps", "many"],
+        ["train", "--steps", "0"],
+        ["train", "--backend", "carrier-pigeon"],
+        ["train", "--backend", "gloo", "--optimizer", "fused"],
+        ["train", "--backend", "gloo", "--wire-dtype", "int8"],
+    ],
 )
 def test_bad_values_end_with_2_and_name_the_option(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pycoll.data import Corpus, DataError, decode, load_corpus, random_windows, spread_windows, windows_at
+from pycoll.data import ByteTokenizer, Corpus, DataError, load_corpus, printable, spread_windows, windows_at
 from pycoll.errors import UsageError
 
 CONTEXT = 8
@@ -106,21 +106,6 @@ def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_corpus(tmp_path, CONTEXT)
 
 
-def test_random_windows_follow_from_their_seed() -> None:
-    tokens = torch.zeros(1000, dtype=torch.uint8)
-    starts = random_windows(tokens, CONTEXT, (7, 3), (2, 5))
-    assert starts.shape == (2, 5)
-    assert torch.equal(starts, random_windows(tokens, CONTEXT, (7, 3), (2, 5)))
-    assert not torch.equal(starts, random_windows(tokens, CONTEXT, (7, 4), (2, 5)))
-    assert not torch.equal(starts[0], starts[1])
-
-
-def test_random_windows_reach_every_byte() -> None:
-    tokens = torch.arange(CONTEXT + 3, dtype=torch.uint8)
-    starts = random_windows(tokens, CONTEXT, (0, 0), (200,))
-    assert set(starts.tolist()) == {0, 1, 2}
-
-
 def test_targets_are_one_token_further() -> None:
     tokens = torch.arange(100, dtype=torch.uint8)
     inputs, targets = windows_at(tokens, CONTEXT, torch.tensor([[0, 50], [3, 91]]))
@@ -152,4 +137,5 @@ def test_unigram_cross_entropy_is_what_counting_reaches() -> None:
 
 
 def test_decoding_shows_text_and_nothing_else() -> None:
-    assert decode(torch.tensor(list("a\té\n\x1b[31m\0".encode() + b"\xff"))) == "a\té\n[31m\ufffd"
+    tokens = torch.tensor(list("a\té\n\x1b[31m\0".encode() + b"\xff"))
+    assert printable(ByteTokenizer().decode(tokens)) == "a\té\n[31m\ufffd"

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from pycoll.models import GPT, GPTConfig
+from pycoll.models.gpt import Embedding, LayerNorm
 
 TINY = GPTConfig(vocab_size=64, context=16, n_layer=2, n_head=2, d_model=32)
 
@@ -133,3 +135,39 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_refuses_impossible_shapes(settings: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         GPTConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_tokens_are_added_in_fp32(dtype: torch.dtype) -> None:
+    """Gradients of the weights of norms, and of an embedding whose rows are used again and again."""
+    torch.manual_seed(0)
+    norm, embedding = LayerNorm(32).to(dtype), Embedding(GPTConfig(vocab_size=4, context=8, d_model=32)).to(dtype)
+    x, upstream = torch.randn(512, 8, 32).to(dtype), torch.rand(512, 8, 32).to(dtype)
+    tokens = torch.randint(4, (512, 8))
+    normalized = norm(x)
+    assert normalized.dtype == dtype
+    normalized.backward(upstream)
+    embedding(tokens).backward(upstream)
+    exact = nn.LayerNorm(32).double()
+    exact(x.double()).backward(upstream.double())
+    rows = torch.zeros(4, 32, dtype=torch.float64).index_add_(0, tokens.flatten(), upstream.double().flatten(0, 1))
+    rounding = torch.finfo(dtype).eps
+    for gradient, wanted in (
+        (norm.weight.grad, exact.weight.grad),
+        (norm.bias.grad, exact.bias.grad),
+        (embedding.token.weight.grad, rows),
+    ):
+        assert gradient is not None and wanted is not None and gradient.dtype == dtype
+        assert (gradient.double() - wanted).norm() < rounding * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_score_and_generate_about_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(context=8, n_layer=2, n_head=2, d_model=32))
+    tokens = torch.randint(256, (2, 8))
+    scores = model(tokens).detach()
+    half = model.to(dtype)(tokens)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.detach().float(), scores, rtol=0.05, atol=0.05)
+    assert model.generate(tokens[:, :1], 4, generator=torch.Generator().manual_seed(0)).shape == (2, 5)

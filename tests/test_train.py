@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from training import MODEL, SECONDS, TINY, differing, train_alone, train_here, write_text
 
 from pycoll import checkpoint
 from pycoll.checkpoint import CheckpointError
 from pycoll.errors import Error
 from pycoll.models import GPT, GPTConfig
+from pycoll.models.hugging_face import ModelFolderError
 from pycoll.testing import Processes, Rank
 from pycoll.train import ConfigError, TrainConfig
-from pycoll.train.main import check, parse
-from pycoll.train.optimization import learning_rate, make_optimizer
+from pycoll.train.main import check, main, parse
+from pycoll.train.optimization import adam_settings, learning_rate
 from pycoll.train.progress import Reporter
 from pycoll.train.stop import stop_requests
 
@@ -94,8 +96,8 @@ def test_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine() -> None:
 
 def test_only_matrices_decay() -> None:
     model = GPT(MODEL)
-    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.3))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    groups = adam_settings(model, TrainConfig(weight_decay=0.3))["params"]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.3 if parameter.dim() == 2 else 0.0), name
 
@@ -115,7 +117,6 @@ def test_settings_survive_json() -> None:
         ("lr", math.nan, "--lr is nan: give more than 0"),
         ("seed", -1, "--seed is -1: give at least 0"),
         ("beta2", 1.0, "--beta2 is 1.0: give at least 0 and less than 1"),
-        ("model", GPTConfig(vocab_size=100), "--model.vocab-size is 100: give at least 256, since tokens are bytes"),
     ],
 )
 def test_impossible_settings_are_named(setting: str, value: object, said: str) -> None:
@@ -134,7 +135,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resume_takes_the_settings_of_the_run(finished: Path, text: Path) -> None:
     config = parse(["--resume", str(finished), "--steps", "9"])
     # TINY was trained by one rank, whatever it says.
-    assert config == replace(TINY, data=text, out=finished, resume=checkpoint.find(finished), steps=9, nproc=1)
+    assert config == replace(TINY, data=text, out=finished, resume=checkpoint.find(finished), steps=9, dp=1)
 
 
 def test_checkpoint_of_another_model_is_refused(finished: Path) -> None:
@@ -146,13 +147,36 @@ def test_checkpoint_of_another_model_is_refused(finished: Path) -> None:
 def test_checkpoint_of_another_text_is_refused(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("other text\n" * 100)
     config = parse(["--resume", str(finished), "--steps", "9", "--data", str(tmp_path / "other.txt")])
-    with pytest.raises(CheckpointError, match="was trained on another text"):
+    with pytest.raises(CheckpointError, match="was trained on other data"):
         check(config, finished)
 
 
-def test_finished_run_needs_more_steps(finished: Path) -> None:
-    with pytest.raises(ConfigError, match="has done all 6 steps: give --steps more"):
-        check(parse(["--resume", str(finished)]), finished)
+def test_a_finished_run_only_concludes(finished: Path, text: Path, tmp_path: Path) -> None:
+    """As one that was stopped in its last step, or could not be exported."""
+    config = parse(["--resume", str(finished), "--export", str(tmp_path / "exported")])
+    weights = train_alone(config, tmp_path / "again")
+    assert differing({f"model.{name}": w for name, w in weights.items()}, weights_in(checkpoint.find(finished))) == []
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+    again, before = (json.loads((out / "summary.json").read_text()) for out in (tmp_path / "again", finished))
+    assert again["final validation loss"] == before["final validation loss"]
+    with pytest.raises(ConfigError, match="has done 6 steps, more than --steps 5"):
+        check(parse(["--resume", str(finished), "--steps", "5"]), finished)
+
+
+def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_file(path).items() if name.startswith("model.")}
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_the_run(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--export /proc/none cannot be made"):
+        check(replace(TINY, data=text, export=Path("/proc/none")), tmp_path)
+
+
+def test_a_torchrun_that_forgets_the_run_asks_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ConfigError, match="has no name for the run that outlives a restart: give --out a folder"):
+        main(["--steps", "1"])
 
 
 def test_folder_of_another_run_is_left_alone(finished: Path, text: Path) -> None:
@@ -180,3 +204,29 @@ def test_terminal_shows_a_progress_bar(
     shown = capsys.readouterr().out
     for said in ("3/4", "loss 2.500", "tokens/s", "left", "━"):
         assert said in shown
+
+
+def test_a_run_begins_with_what_another_has_exported(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    weights = train_alone(replace(TINY, data=text, export=folder), tmp_path / "first")
+    task = check(replace(TINY, data=text, init=folder, model=GPTConfig()), tmp_path / "second")
+    assert task.config.model == TINY.model
+    assert differing(dict(task.make_model().state_dict()), weights) == []
+    with pytest.raises(ModelFolderError, match="is no GPT-2"):
+        check(replace(TINY, data=text, init=tmp_path / "first"), tmp_path / "third")
+
+
+def test_a_run_learns_byte_pairs(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="BPE needs the library tokenizers")
+    config = replace(TINY, data=text, tokenizer="bpe:300", cache=tmp_path / "cache", export=tmp_path / "exported")
+    weights = train_alone(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 < summary["final loss per byte"] < summary["final validation loss"], "a token is more than a byte"
+    vocabulary = weights["embedding.token.weight"].shape[0]
+    assert 256 < vocabulary <= 300
+    tokenizer = str(tmp_path / "exported" / "tokenizer.json")
+    task = check(replace(config, tokenizer=tokenizer, init=tmp_path / "exported"), tmp_path / "again")
+    assert task.config.model.vocab_size == vocabulary
+    train_alone(replace(TINY, data=text, export=tmp_path / "bytes"), tmp_path / "of bytes")
+    with pytest.raises(ConfigError, match=r"--tokenizer bpe:300 has \d+ tokens, the model in .* 256: give its own"):
+        check(replace(config, init=tmp_path / "bytes"), tmp_path / "other")

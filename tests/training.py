@@ -1,5 +1,6 @@
 """Runs of the trainer that take seconds: their settings and their text, in this process or as a command."""
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ from pycoll.train.stop import StopRequest
 from pycoll.train.trainer import Trainer
 
 MODEL = GPTConfig(context=16, n_layer=1, n_head=2, d_model=16)
-TINY = TrainConfig(steps=6, warmup=2, batch_size=2, eval_windows=4, checkpoint_every=3, sample_bytes=20, model=MODEL)
-FLAGS = "--warmup 2 --batch-size 2 --eval-every 2 --eval-windows 4 --checkpoint-every 3 --sample-bytes 20"
+TINY = TrainConfig(
+    device="cpu", steps=6, warmup=2, batch_size=2, eval_examples=4, checkpoint_every=3, sample_bytes=20, model=MODEL
+)
+FLAGS = "--device cpu --warmup 2 --batch-size 2 --eval-every 2 --eval-examples 4 --checkpoint-every 3 --sample-bytes 20"
 MODEL_FLAGS = "--model.context 16 --model.n-layer 1 --model.n-head 2 --model.d-model 16"
 SECONDS = 100
 """How long a run may take at most before its test fails."""
@@ -42,9 +45,15 @@ def finish(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def train_here(config: TrainConfig, out: Path) -> dict[str, torch.Tensor]:
     """Trains as a rank of this process's group; the weights afterwards."""
-    trainer = Trainer(config, check(config, out), out)
+    trainer = Trainer(check(config, out), out)
     trainer.run(StopRequest())
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    return weights_here(trainer)
+
+
+def weights_here(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of what this rank has of the model, by name."""
+    modules = trainer.parallel.modules
+    return {name: tensor.clone() for module in modules for name, tensor in module.state_dict().items()}
 
 
 def train_alone(config: TrainConfig, out: Path) -> dict[str, torch.Tensor]:
@@ -63,3 +72,9 @@ def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
     """The names of the tensors that are not the same bit for bit."""
     assert left.keys() == right.keys()
     return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    """Of weights by name: the same for the same bits."""
+    said = b"".join(weights[name].view(torch.uint8).numpy().tobytes() for name in sorted(weights))
+    return hashlib.sha256(said).hexdigest()

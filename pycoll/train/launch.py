@@ -22,6 +22,17 @@ def rank() -> int | None:
     return int(os.environ["RANK"]) if "RANK" in os.environ else None
 
 
+def may_restart() -> bool:
+    """Whether the launcher starts the ranks again when one has died, or has done so."""
+    return restarted() or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def run_id() -> str | None:
+    """The name that torchrun has for the run, the same on all ranks and after restarts; None where it has none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
 def program() -> str:
     """What to type for `pycoll train`, here and now."""
     if shutil.which("pycoll"):
@@ -31,8 +42,13 @@ def program() -> str:
     return f"{shown} train" if script.exists() else f"{sys.executable} -m pycoll.train"
 
 
-def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Runs `python -m pycoll.train ARGUMENTS` in `nproc` processes and waits for them.
+def restarted() -> bool:
+    """Whether the launcher has started the ranks before, and one of them has died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch(arguments: Sequence[str], nproc: int, restarts: int) -> int:
+    """Runs `python -m pycoll.train ARGUMENTS` in `nproc` processes, again if one dies, and waits for them.
 
     Returns the exit status: 0, that of the rank that failed and said why, or 128 + the signal that stopped this process
     (it passes signals on, and lets the ranks save). Raises Error where a rank was killed.
@@ -50,7 +66,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             local_addr="127.0.0.1",
-            max_restarts=0,
+            max_restarts=restarts,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         logging.disable(logging.ERROR)  # The launcher logs each signal and failure; the ranks and we say it shorter.

@@ -3,20 +3,28 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import torch.distributed as dist
 import tyro
+from rich.console import Console
 
 from pycoll import checkpoint
-from pycoll.data import Corpus, load_corpus
 from pycoll.errors import Error
-from pycoll.train.config import ConfigError, TrainConfig
-from pycoll.train.launch import launch, program, rank
+from pycoll.models import PRESETS
+from pycoll.train.classify import Classify
+from pycoll.train.config import CLASSIFY, ConfigError, TrainConfig
+from pycoll.train.device import check_device
+from pycoll.train.language import Language
+from pycoll.train.launch import launch, may_restart, program, rank, restarted, run_id
+from pycoll.train.plan import show_plan
 from pycoll.train.stop import stop_requests
-from pycoll.train.trainer import Trainer
+from pycoll.train.task import Task
+
+PATHS = ("data", "init", "export")
+"""Settings that mean the same where a run goes on from another folder."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,64 +33,98 @@ def main(arguments: Sequence[str]) -> int:
     Raises UsageError (ConfigError, DataError, CheckpointError) before any process starts where no run is possible.
     """
     config = parse(arguments)
-    out = config.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    corpus = check(config, out)
+    if config.plan:
+        show_plan(Language(config).config, Console())
+        return 0
+    if config.out is None and run_id() is None and may_restart():
+        raise ConfigError("this torchrun has no name for the run that outlives a restart: give --out a folder")
+    out = config.out or Path("runs") / (run_id() or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    config = after_restart(config, out)
+    task = check(config, out)
     if rank() is None:
-        del corpus  # The ranks load it; this process only waits for them.
+        del task  # The ranks load the data; this process only waits for them.
         try:
-            return launch([*arguments, *([] if config.out else ["--out", str(out)])], config.nproc)
+            nproc = config.dp * config.tp * config.pp
+            return launch([*arguments, *([] if config.out else ["--out", str(out)])], nproc, config.restarts)
         except Error as error:
             if not checkpoint.list_checkpoints(out):
                 raise
             raise Error(f"{error}; continue from the last checkpoint: {program()} --resume {out}") from error
+    from pycoll.train.trainer import Trainer  # a second, for torch's compiler, which who launches ranks does not need
+
     dist.init_process_group(config.backend)  # Until all ranks have met there is nothing to save: a signal just ends it.
     try:
         with stop_requests() as stop:
-            Trainer(config, corpus, out).run(stop)
+            Trainer(task, out).run(stop)
     finally:
         dist.destroy_process_group()
     return 0
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The settings on the command line; with --resume, those of the checkpoint where the command line has none."""
+    """The settings on the command line; where it has none, those of the checkpoint or preset that it names."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", type=Path, nargs="?")
-    path = finder.parse_known_args(arguments)[0].resume
-    default = TrainConfig()
+    finder.add_argument("--task")
+    finder.add_argument("--preset", choices=PRESETS)
+    found, _ = finder.parse_known_args(arguments)
+    path = found.resume
+    default = CLASSIFY if found.task == "classify" else TrainConfig()
+    if found.preset is not None:
+        default = replace(default, model=PRESETS[found.preset])
     if path is not None:
         path = checkpoint.find(path)
         default = replace(TrainConfig.from_dict(checkpoint.read_header(path).config), resume=path, out=path.parent)
+        if default.device == "cuda":  # which this machine may lack: how a run is carried out is not what it is
+            default = replace(default, device="auto")
     config = tyro.cli(TrainConfig, prog="pycoll train", args=arguments, default=default)
-    return replace(config, resume=path, data=config.data and config.data.resolve())
+    absolute = {name: value.resolve() for name in PATHS if (value := getattr(config, name)) is not None}
+    if Path(config.tokenizer).is_file():
+        absolute["tokenizer"] = str(Path(config.tokenizer).resolve())
+    return replace(config, resume=path, **absolute)
 
 
-def check(config: TrainConfig, out: Path) -> Corpus:
-    """The text to train on, once text, checkpoint and output folder are found to fit the settings."""
-    corpus = load_corpus(config.data, config.model.context)
+def after_restart(config: TrainConfig, out: Path) -> TrainConfig:
+    """The settings, to go on from the newest whole checkpoint in `out` where a rank of this run has died before."""
+    if not restarted():
+        return config
+    newest = checkpoint.newest_whole(out)
+    if rank() == 0:  # what is damaged is neither gone on from nor counted among the newest
+        for path in checkpoint.list_checkpoints(out):
+            if newest is None or checkpoint.step_of(path) > checkpoint.step_of(newest):
+                path.rename(path.with_suffix(".damaged"))
+    return config if newest is None else replace(config, resume=newest)
+
+
+def check(config: TrainConfig, out: Path) -> Task:
+    """What to learn, once data, checkpoint and output folder are found to fit the settings."""
+    check_device(config, launches=rank() is None)
+    task: Task = Language(config) if config.task == "language" else Classify(config)
     done = 0
     if config.resume is not None:
         header = checkpoint.read_header(config.resume)
-        checkpoint.require_model(config.resume, header, asdict(config.model))
+        checkpoint.require_model(config.resume, header, task.shape())
         done = header.step
-        if header.data_digest != corpus.digest:
+        if header.data_digest != task.digest:
             raise checkpoint.CheckpointError(
-                f"{config.resume} was trained on another text than {corpus.name}: restore it, or start a new run"
+                f"{config.resume} was trained on other data than {task.name}: restore it, or start a new run"
             )
-        if done >= config.steps:
-            raise ConfigError(f"{config.resume} has done all {done} steps: give --steps more of them to go on")
+        if done > config.steps:
+            raise ConfigError(f"{config.resume} has done {done} steps, more than --steps {config.steps}")
     if rank() in (None, 0):  # The others need no folder, and torchrun's have no common name for it.
-        _check_out(out, done)
-    return corpus
+        _check_folder("--out", out)
+        if config.export is not None:
+            _check_folder("--export", config.export)
+        if any(checkpoint.step_of(path) > done for path in checkpoint.list_checkpoints(out)):
+            raise ConfigError(f"{out} holds another run, or a later part of this one: give --out another folder")
+    return task
 
 
-def _check_out(out: Path, done: int) -> None:
-    """Makes the folder `out`, in which no checkpoint may have more than the `done` steps that the run begins with."""
+def _check_folder(name: str, folder: Path) -> None:
+    """Makes it, where it is not there, and sees whether it can be written to."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
-    if not os.access(out, os.W_OK):
-        raise ConfigError(f"--out {out} cannot be written to: give another folder")
-    if any(checkpoint.step_of(path) > done for path in checkpoint.list_checkpoints(out)):
-        raise ConfigError(f"{out} holds another run, or a later part of this one: give --out another folder")
+        raise ConfigError(f"{name} {folder} cannot be made ({error.strerror}): give another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{name} {folder} cannot be written to: give another folder")

@@ -1,6 +1,7 @@
-"""How the weights follow the gradients: AdamW, warm-up and cosine decay of the learning rate."""
+"""How the weights follow the gradients: AdamW's settings, warm-up and cosine decay of the learning rate."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,15 +11,18 @@ from pycoll.train.config import TrainConfig
 BETA1 = 0.9
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2017) whose decay touches matrices alone; `set_learning_rate` gives its rate."""
+def adam_settings(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """What any AdamW (Loshchilov and Hutter, 2017) here is made with: its decay touches matrices alone.
+
+    `set_learning_rate` gives its rate.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(BETA1, config.beta2), fused=True)
+    return {"params": groups, "lr": config.lr, "betas": (BETA1, config.beta2)}
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -55,10 +55,12 @@ class Reporter:
             left = (self._last - step) * (self._times[-1] - self._began) / (step - self._first)
             self.note(f"step {step}/{self._last}  {text}  {left:.0f} s left")
 
-    def validation(self, step: int, loss: float) -> None:
-        """The validation loss after `step` steps."""
-        self._writer.add_scalar("loss/validation", loss, step)
-        self.note(f"step {step}/{self._last}  validation loss {loss:.3f}")
+    def validation(self, step: int, verdict: dict[str, float]) -> None:
+        """The task's verdict on the validation data after `step` steps."""
+        for name, value in verdict.items():
+            self._writer.add_scalar(f"{name}/validation", value, step)
+        measures = ", ".join(f"{name} {value:.3f}" for name, value in verdict.items())
+        self.note(f"step {step}/{self._last}  validation {measures}")
 
     def note(self, text: str) -> None:
         """One line."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from training import SECONDS, TINY, command, differing, finish, train_alone, wri
 from pycoll import checkpoint
 from pycoll.data import load_corpus
 from pycoll.train.launch import program
-from pycoll.train.main import parse
+from pycoll.train.main import after_restart, parse
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_run_says_what_it_does_and_reached(finished: tuple[Path, str], text: Pat
     assert summary["first training loss"] == pytest.approx(math.log(256), abs=0.3)
     assert summary["final validation loss"] < summary["first training loss"]
     assert summary["tokens/s"] > 0
-    assert 0 <= summary["waiting for gradients"] < 1
+    assert "waiting for gradients" not in summary, "which torch's DistributedDataParallel alone tells"
 
 
 def test_run_writes_curves_and_checkpoints(finished: tuple[Path, str]) -> None:
@@ -85,31 +86,30 @@ def test_resumed_run_ends_where_the_straight_one_did(finished: tuple[Path, str],
     assert differing(load_file(checkpoint.find(tmp_path)), load_file(checkpoint.find(finished[0]))) == []
 
 
-def test_resuming_with_other_ranks_says_so(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_resuming_with_other_ranks_says_so(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     halfway = finished[0] / "checkpoint-00000003.safetensors"
-    resume = [sys.executable, "-m", "pycoll.train", "--resume", str(halfway), "--out", str(tmp_path), "--nproc", "1"]
-    result = finish(resume)
-    assert result.returncode == 0, result.stderr
-    assert "--nproc differs from before" in result.stdout
-    assert checkpoint.read_header(checkpoint.find(tmp_path)).config["nproc"] == 1
+    train_alone(parse(["--resume", str(halfway), "--out", str(tmp_path), "--dp", "1"]), tmp_path)
+    assert "--dp differs from before" in capsys.readouterr().out
+    assert checkpoint.read_header(checkpoint.find(tmp_path)).config["dp"] == 1
 
 
-def test_torchrun_starts_it_too(text: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    arguments = command("--data", text, "--out", tmp_path, "--grad-accum", "2")
-    result = finish([*torchrun, *arguments[1:]])
-    assert result.returncode == 0, result.stderr
-    assert "3 ranks of " in result.stdout
-    assert "192 tokens a step" in result.stdout
-    assert checkpoint.read_header(checkpoint.find(tmp_path)).step == 6
+def _command_of(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:  # it has just ended
+        return b""
 
 
 class Running:
-    """A run too long to wait for, from its first checkpoint on, and the process ids of its ranks."""
+    """A run, by default too long to wait for, from its first checkpoint on, and the process ids of its ranks."""
 
-    def __init__(self, text: Path, out: Path) -> None:
-        arguments = command("--data", text, "--out", out, steps=1000000)
-        self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, text: Path, out: Path, *arguments: str, launcher: Sequence[str] = (), steps: int = 1000000):
+        python, *rest = command("--data", text, "--out", out, *arguments, steps=steps)
+        self.process = subprocess.Popen(
+            [python, *launcher, *rest], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.ranks: list[int] = []
         self.out = out
 
@@ -119,10 +119,21 @@ class Running:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        self.ranks = [int(pid) for pid in children if b"pycoll.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(self.ranks) == 2
+        self.find_ranks()
         return self
+
+    def find_ranks(self, deadline: float = 0.0) -> None:
+        """Two that are not known yet; waits for them until the deadline."""
+        known = {*self.ranks}
+        while True:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            new = [int(pid) for pid in children if int(pid) not in known and b"pycoll.train" in _command_of(pid)]
+            if len(new) == 2:
+                self.ranks = [*self.ranks, *new]
+                return
+            assert time.monotonic() < deadline, f"ranks: {new}"
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.05)
 
     def __exit__(self, *error: object) -> None:
         for pid in self.ranks_left():
@@ -165,3 +176,61 @@ def test_killed_rank_is_named(text: Path, tmp_path: Path) -> None:
     assert status == 1
     assert f"was killed by SIGKILL; continue from the last checkpoint: {program()} --resume {tmp_path}" in err
     assert "Traceback" not in err
+
+
+STEPS = 150
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
+
+
+@pytest.fixture(scope="module")
+def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of STEPS steps that nothing has disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    result = finish(command("--data", text, "--out", out, steps=STEPS))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "launcher", "victims"),
+    [
+        pytest.param(("--restarts", "2"), (), (1, 2), id="once they train, and while they start"),
+        pytest.param(("--dp", "5"), TORCHRUN, (0,), id="torchrun, which sets --dp"),
+    ],
+)
+def test_killed_ranks_come_back_and_end_where_an_undisturbed_run_does(
+    arguments: tuple[str, ...],
+    launcher: tuple[str, ...],
+    victims: tuple[int, ...],
+    straight: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    with Running(text, tmp_path, *arguments, launcher=launcher, steps=STEPS) as running:
+        for victim in victims:
+            os.kill(running.ranks[victim], signal.SIGKILL)
+            running.find_ranks(time.monotonic() + SECONDS)
+        status, printed, err = running.wait()
+    assert status == 0, err
+    assert ", from step " in printed, "it went on from a checkpoint"
+    assert "2 ranks of " in printed
+    assert differing(*(load_file(checkpoint.find(folder)) for folder in (straight, tmp_path))) == []
+    losses = [json.loads((folder / "summary.json").read_text()) for folder in (straight, tmp_path)]
+    assert losses[0]["final validation loss"] == losses[1]["final validation loss"]
+
+
+def test_a_damaged_checkpoint_is_not_what_ranks_come_back_to(text: Path, tmp_path: Path) -> None:
+    config = replace(TINY, dp=1, data=text, out=tmp_path)
+    straight = train_alone(config, tmp_path)
+    newest = checkpoint.find(tmp_path)
+    damaged = bytearray(newest.read_bytes())
+    damaged[-1] ^= 1
+    newest.write_bytes(damaged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        patch.setenv("RANK", "0")
+        again = after_restart(config, tmp_path)
+        assert again.resume == tmp_path / "checkpoint-00000003.safetensors"
+        assert differing(train_alone(again, tmp_path), straight) == []
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [3, 6]
+    assert newest.with_suffix(".damaged").exists(), "it is left for whoever wants to know"
