@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,20 +19,17 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 import pycoll
-from pycoll import _C, FusedAdam
+from pycoll import _C
 
 from . import bars, machine, report, timing
+from .adam_cases import BF16, CASES, SEQUENCE, STEP, STEP_BYTES, TORCH, Contender
 from .all_reduce import progress_bar
+from .gpu_calls import stopwatch
+from .report import CEILING
 
 MI = 2**20
-TORCH, CEILING = "torch fused", "ceiling"
-STEP, SEQUENCE, BF16 = "step", "unscale, clip, step", "the same, bf16"
-STEP_BYTES = 28
-"""Of an fp32 element: read parameter, gradient and two moments, and write all but the gradient."""
-
 _DEFAULT = timing.Effort(seconds=15.0, min_rounds=7, max_rounds=40)
 _QUICK = timing.Effort(seconds=2.0, min_rounds=3, max_rounds=10)
 
@@ -56,15 +53,6 @@ class AdamBench:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """`prepare` makes the gradients anew, outside the time; `run` is what is timed."""
-
-    who: str
-    prepare: Callable[[], object]
-    run: Callable[[], object]
-
-
-@dataclass(frozen=True)
 class Row:
     """One contender in one case; seconds a step."""
 
@@ -74,101 +62,8 @@ class Row:
     timing: timing.Timing
 
 
-class Model:
-    """Parameters with gradients, and what the gradients are made from."""
-
-    def __init__(self, config: AdamBench, tensors: int, dtype: torch.dtype) -> None:
-        sizes = [config.parameters // tensors] * tensors
-        make = torch.Generator(config.device).manual_seed(0)
-        self.params = [nn.Parameter(torch.randn(n, generator=make, device=config.device).to(dtype)) for n in sizes]
-        self.fresh = [torch.randn(n, generator=make, device=config.device).to(dtype) for n in sizes]
-        for param in self.params:
-            param.grad = torch.empty_like(param)
-        self.make_gradients()
-        self.scaler = torch.amp.GradScaler(config.device, init_scale=2.0, growth_interval=10**6)
-        self.scaler.scale(torch.ones((), device=config.device))
-
-    @property
-    def grads(self) -> list[Tensor]:
-        return [param.grad for param in self.params if param.grad is not None]
-
-    def make_gradients(self) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(self.grads, self.fresh)
-
-
-def steps(config: AdamBench, tensors: int) -> list[Contender]:
-    """A step alone, fp32."""
-    model = Model(config, tensors, torch.float32)
-    made = {
-        "pycoll": FusedAdam(model.params),
-        TORCH: torch.optim.AdamW(model.params, fused=True),
-        "torch foreach": torch.optim.AdamW(model.params, foreach=True),
-    }
-    found = [Contender(who, model.make_gradients, optimizer.step) for who, optimizer in made.items()]
-    if config.device == "cpu":
-        a, b, c = ([torch.zeros_like(param) for param in model.params] for _ in range(3))
-        return [*found, Contender(CEILING, model.make_gradients, lambda: _C.ceiling_adam(a, model.grads, b, c))]
-    size = STEP_BYTES // 2 * config.parameters
-    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return [*found, Contender(CEILING, model.make_gradients, lambda: target.copy_(source))]
-
-
-def sequences(config: AdamBench, tensors: int) -> list[Contender]:
-    """All that a trainer with a GradScaler does after the backward pass, fp32."""
-    model = Model(config, tensors, torch.float32)
-    ours, theirs = FusedAdam(model.params), torch.optim.AdamW(model.params, fused=True)
-
-    def run_theirs() -> None:
-        model.scaler.unscale_(theirs)
-        nn.utils.clip_grad_norm_(model.params, 1.0)
-        model.scaler.step(theirs)
-        model.scaler.update()
-
-    return [
-        Contender("pycoll", model.make_gradients, lambda: _fused_sequence(model, ours)),
-        Contender(TORCH, model.make_gradients, run_theirs),
-    ]
-
-
-def mixed_sequences(config: AdamBench, tensors: int) -> list[Contender]:
-    """The same with bf16 parameters and fp32 masters, which torch's user keeps."""
-    model = Model(config, tensors, torch.bfloat16)
-    ours = FusedAdam(model.params)
-    masters = [nn.Parameter(param.detach().float()) for param in model.params]
-    for master in masters:
-        master.grad = torch.zeros_like(master)
-    theirs = torch.optim.AdamW(masters, fused=True)
-
-    def run_theirs() -> None:
-        with torch.no_grad():
-            torch._foreach_copy_([master.grad for master in masters if master.grad is not None], model.grads)
-            model.scaler.unscale_(theirs)
-            nn.utils.clip_grad_norm_(masters, 1.0)
-            model.scaler.step(theirs)
-            torch._foreach_copy_([*model.params], [*masters])
-        model.scaler.update()
-
-    return [
-        Contender("pycoll", model.make_gradients, lambda: _fused_sequence(model, ours)),
-        Contender(TORCH, model.make_gradients, run_theirs),
-    ]
-
-
-def _fused_sequence(model: Model, optimizer: FusedAdam) -> None:
-    optimizer.clip_grad_norm(1.0, scaler=model.scaler)
-    model.scaler.step(optimizer)
-    model.scaler.update()
-
-
 BARS = ((STEP, TORCH, 1.0), (STEP, CEILING, 0.9), (SEQUENCE, TORCH, 1.5), (BF16, TORCH, 2.2))
 """Case, whom FusedAdam is compared with, and how many times as fast it must be."""
-
-CASES: dict[str, Callable[[AdamBench, int], list[Contender]]] = {
-    STEP: steps,
-    SEQUENCE: sequences,
-    BF16: mixed_sequences,
-}
 
 
 def seconds_of(contender: Contender, device: str) -> float:
@@ -178,13 +73,8 @@ def seconds_of(contender: Contender, device: str) -> float:
         begin = time.perf_counter()
         contender.run()
         return time.perf_counter() - begin
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    start.record()
-    contender.run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return stopwatch(contender.run)
 
 
 def measure(contenders: Sequence[Contender], device: str, effort: timing.Effort) -> Iterator[tuple[str, timing.Timing]]:
@@ -205,16 +95,17 @@ def measure(contenders: Sequence[Contender], device: str, effort: timing.Effort)
 def bars_of(rows: Sequence[Row]) -> list[bars.Bar]:
     """What FusedAdam must reach on a CPU, against the rows."""
     medians = {(row.case, row.tensors, row.who): row.timing.median for row in rows}
-    checked = []
-    for tensors in (1, 200):
-        for case, rival, factor in BARS:
-            own, other = medians.get((case, tensors, "pycoll")), medians.get((case, tensors, rival))
-            name, bar = f"{case}, {tensors} tensors", f"at least {factor:g} x {rival}"
-            if own is None or other is None:
-                checked.append(bars.Bar(name, bar, "not measured", None))
-            else:
-                checked.append(bars.Bar(name, bar, f"{other / own:.3g} x", other / own >= factor))
-    return checked
+    return [
+        bars.ratio(
+            f"{case}, {tensors} tensors",
+            medians.get((case, tensors, "pycoll")),
+            rival,
+            medians.get((case, tensors, rival)),
+            factor,
+        )
+        for tensors in (1, 200)
+        for case, rival, factor in BARS
+    ]
 
 
 def table(rows: Sequence[Row], config: AdamBench) -> Table:
@@ -280,7 +171,8 @@ def main(config: AdamBench) -> int:
     with progress_bar() as progress:
         for case, make in progress.track(CASES.items(), description="adam"):
             for tensors in config.tensors:
-                found = measure(make(config, tensors), config.device, _QUICK if config.quick else _DEFAULT)
+                contenders = make(config.parameters, tensors, config.device)
+                found = measure(contenders, config.device, _QUICK if config.quick else _DEFAULT)
                 rows += [Row(case, tensors, who, timed) for who, timed in found]
     console.print(table(rows, config))
     title = f"{about['cpu']}, {about['cores']} cores, {torch.get_num_threads()} threads, {about['date'][:10]}"

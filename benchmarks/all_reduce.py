@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from . import bars, machine, memory, plot, report, timing, values
 from .driver import Contest
-from .groups import GroupFailed, Launch, RankGroup
+from .groups import Launch, started
 from .mpi import find, homes, launches
 
 Family = Literal["pycoll", "gloo", "mpi", "ceiling"]
@@ -68,12 +68,7 @@ def main(config: AllReduceBench) -> int:
         return 2
     path = config.output / f"all_reduce-{config.ranks}-ranks-{config.dtype}.json"
     report.publish(found, report.table(found), path, plot.draw, width=110)
-    failed = bool(found.failures)
-    if config.check:
-        checked = bars.evaluate(found)
-        Console().print(bars.table(checked))
-        failed = failed or not all(bar.passed for bar in checked)
-    return int(failed)
+    return bars.exit_code(found, config.check, bars.evaluate, bars.ALL_REDUCE)
 
 
 def _run(config: AllReduceBench) -> report.Report:
@@ -98,13 +93,7 @@ def _run(config: AllReduceBench) -> report.Report:
             raise ValueError(f"tensors would take {needed >> 20} MiB, more than is free: lower --max")
         if "ceiling" in config.contenders:
             launched.append(_ceiling(config, largest, folder, stack))
-        groups = []
-        for launch in launched:
-            try:
-                groups.append(stack.enter_context(RankGroup(launch, config.ranks)))
-            except GroupFailed as e:
-                found.failures.append(str(e))
-        contest = Contest(groups, found)
+        contest = Contest(started(launched, config.ranks, stack, found.failures), found)
         progress = stack.enter_context(progress_bar())
         task = progress.add_task("", total=len(sizes))
 
@@ -132,12 +121,22 @@ def _libraries(config: AllReduceBench, folder: Path) -> list[Launch]:
 
 def _ceiling(config: AllReduceBench, largest: int, folder: Path, stack: ExitStack) -> Launch:
     """The ceiling, on shared memory that lives as long as `stack`."""
-    descriptors = memory.create(config.ranks, largest)
+    descriptors = shared_memory(config.ranks, largest, stack)
+    return sharing("ceiling", python("ceiling_ranks", str(folder / "ceiling")), descriptors)
+
+
+def shared_memory(world_size: int, largest: int, stack: ExitStack) -> list[int]:
+    """Descriptors from memory.create, open until `stack` ends."""
+    descriptors = memory.create(world_size, largest)
     for descriptor in descriptors:
         stack.callback(os.close, descriptor)
+    return descriptors
+
+
+def sharing(name: str, command: list[str], descriptors: list[int]) -> Launch:
+    """The launch of ranks that attach to that memory."""
     environment = {memory.DESCRIPTORS_VARIABLE: ",".join(map(str, descriptors))}
-    command = python("ceiling_ranks", str(folder / "ceiling"))
-    return Launch("ceiling", command, environment=environment, inherited=descriptors)
+    return Launch(name, command, environment=environment, inherited=descriptors)
 
 
 def python(module: str, *arguments: str) -> list[str]:

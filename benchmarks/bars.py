@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
 
 from .report import CEILING, Report, Row
@@ -12,6 +13,7 @@ from .timing import format_bytes
 
 KIB, MIB = 2**10, 2**20
 FOOTPRINT = 64 * MIB
+ALL_REDUCE = "what all-reduce must reach"
 NATIVE = {"who": "pycoll", "algorithm": "auto", "memory": "private", "call": "native"}
 
 
@@ -107,7 +109,15 @@ def _footprint(report: Report) -> Bar:
     return Bar(case, bar, f"{used / MIB:.1f} MiB", used < FOOTPRINT)
 
 
-def table(bars: list[Bar], title: str = "what all-reduce must reach") -> Table:
+def ratio(case: str, own: float | None, rival: str, other: float | None, factor: float) -> Bar:
+    """Whether `own` seconds are so many times fewer than those of `rival`; None: not measured."""
+    bar = f"at least {factor:g} x {rival}"
+    if own is None or other is None:
+        return Bar(case, bar, "not measured", None)
+    return Bar(case, bar, f"{other / own:.3g} x", other / own >= factor)
+
+
+def table(bars: list[Bar], title: str = ALL_REDUCE) -> Table:
     """The bars, what was reached, and the verdicts."""
     shown = Table(title=title)
     for column in ("case", "bar", "reached", "verdict"):
@@ -116,3 +126,15 @@ def table(bars: list[Bar], title: str = "what all-reduce must reach") -> Table:
         verdict = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "[yellow]not measured[/]"}[bar.passed]
         shown.add_row(bar.case, bar.bar, bar.reached, verdict)
     return shown
+
+
+def exit_code(found: Report, check: bool, judge: Callable[[Report], list[Bar]], title: str) -> int:
+    """Of a benchmark: 1 where something failed or, where bars are checked, and printed then, one was missed."""
+    failed = bool(found.failures)
+    if check:
+        checked = judge(found)
+        console = Console()
+        console.width = max(console.width, 110)
+        console.print(table(checked, title))
+        failed = failed or not all(bar.passed for bar in checked)
+    return int(failed)

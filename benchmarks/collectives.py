@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -19,11 +18,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from . import machine, memory, report, timing
-from .all_reduce import progress_bar, python
+from . import machine, report, timing
+from .all_reduce import progress_bar, python, shared_memory, sharing
 from .collective_ranks import COLLECTIVES, PIPE_BYTES
 from .driver import Contest
-from .groups import GroupFailed, Launch, RankGroup
+from .groups import RankGroup, started
 from .ranks import Key
 from .timing import format_bytes
 
@@ -110,19 +109,12 @@ def _beside(row: report.Row, name: str) -> report.Row:
 
 def _groups(world_size: int, folder: Path, stack: ExitStack, found: report.Report) -> list[RankGroup]:
     """The ranks of all contenders, started; they meet in files in `folder`."""
-    descriptors = memory.create(world_size, PIPE_BYTES)
-    for descriptor in descriptors:
-        stack.callback(os.close, descriptor)
-    shared = {memory.DESCRIPTORS_VARIABLE: ",".join(map(str, descriptors))}
-    groups = []
-    for who in ("pycoll", "gloo", "ceiling"):
-        command = python("collective_ranks", who, str(folder / who))
-        launch = Launch(who, command, environment=shared, inherited=descriptors)
-        try:
-            groups.append(stack.enter_context(RankGroup(launch, world_size)))
-        except GroupFailed as e:
-            found.failures.append(str(e))
-    return groups
+    descriptors = shared_memory(world_size, PIPE_BYTES, stack)
+    launches = [
+        sharing(who, python("collective_ranks", who, str(folder / who)), descriptors)
+        for who in ("pycoll", "gloo", "ceiling")
+    ]
+    return started(launches, world_size, stack, found.failures)
 
 
 @dataclass(frozen=True)

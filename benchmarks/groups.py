@@ -12,8 +12,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -179,3 +179,14 @@ class RankGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def started(launches: Iterable[Launch], world_size: int, stack: ExitStack, failures: list[str]) -> list[RankGroup]:
+    """The groups of ranks that start, one after another, until `stack` ends; the others' reasons go to `failures`."""
+    groups = []
+    for launch in launches:
+        try:
+            groups.append(stack.enter_context(RankGroup(launch, world_size)))
+        except GroupFailed as e:
+            failures.append(str(e))
+    return groups

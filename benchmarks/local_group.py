@@ -25,6 +25,7 @@ import pycoll
 from pycoll.collectives import Algorithm
 
 from . import machine, report, timing
+from .gpu_calls import stopwatch
 
 SAMPLES = 15
 
@@ -74,16 +75,13 @@ class Row:
 
 def measure(call: Callable[[], object], calls: int) -> float:
     """Median seconds a call on the GPU, over samples of `calls` one after another."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    samples = []
-    for _ in range(SAMPLES + 1):
-        begin.record()
+
+    def sample() -> None:
         for _ in range(calls):
             call()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(samples[1:])  # the first one warmed up
+
+    stopwatch(sample)  # warms up
+    return statistics.median(stopwatch(sample) / calls for _ in range(SAMPLES))
 
 
 def captured(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:

@@ -1,4 +1,4 @@
-"""The tables of the README, from JSON files that `pycoll bench all-reduce` and `pycoll bench collectives` wrote.
+"""The tables of the README, from JSON files that `pycoll bench all-reduce`, `collectives`, `step` and `training` wrote.
 
 python -m pycoll.benchmarks.summary benchmarks/results/MACHINE/all_reduce-2-ranks-float32.json
 """
@@ -16,7 +16,8 @@ SIZES = tuple(kib * 1024 for kib in (1, 64, 1024, 4 * 1024, 64 * 1024, 256 * 102
 
 def markdown(report: Report) -> str:
     """The table for what was timed."""
-    return collectives(report) if report.benchmark == "collectives" else all_reduce(report)
+    tables = {"collectives": collectives, "step": step, "training": training}
+    return tables.get(report.benchmark, all_reduce)(report)
 
 
 def collectives(report: Report) -> str:
@@ -65,6 +66,39 @@ def all_reduce(report: Report) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     times = f"Medians of one run, {report.world_size} ranks, {report.dtype}, in place: {machine_line(report)}."
     return "\n".join([*lines, "", times]) + "\n"
+
+
+def step(report: Report) -> str:
+    """A row a contender, fastest first: median, how many times faster than DDP over Gloo, state of the optimizer."""
+    lines = ["| a step | time | | state of the optimizer on a rank |", "|---|---|---|---|"]
+    gloo = report.select(who="DDP over Gloo, torch fused")[0].timing.median
+    for row in report.select():
+        state = report.facts["step"]["state_bytes"][row.who]
+        times = format_ratio(gloo / row.timing.median)
+        cells = (row.who, f"{row.timing.median * 1e3:.1f} ms", f"**{times} x**", f"{state / 2**20:.0f} MiB")
+        if "backward alone" not in row.who:
+            lines.append(f"| {' | '.join(cells)} |")
+    model = report.facts["model"]
+    what = f"{model['parameters'] / 2**20:g} Mi parameters, {report.world_size} ranks, {report.dtype}"
+    return "\n".join([*lines, "", f"Medians of one run, {what}: {machine_line(report)}."]) + "\n"
+
+
+def training(report: Report) -> str:
+    """A row a model and way to share it: medians of a whole step, and how many times faster than over Gloo."""
+    lines = ["| a training step of | on each rank | over pycoll | over Gloo | |", "|---|---|---|---|---|"]
+    for row in report.rows:
+        if row.who != "pycoll":
+            continue
+        gloo = next(
+            each
+            for each in report.select(algorithm=row.algorithm, call=row.call)
+            if each.who in ("DDP over Gloo", "Gloo")
+        )
+        times = [f"{each.timing.median * 1e3:.4g} ms" for each in (row, gloo)]
+        ratio = format_ratio(gloo.timing.median / row.timing.median)
+        lines.append(f"| {row.algorithm} | {row.call} | {' | '.join(times)} | **{ratio} x** |")
+    times_of = f"Medians of one run, {report.world_size} ranks, {report.dtype}: {machine_line(report)}."
+    return "\n".join([*lines, "", times_of]) + "\n"
 
 
 def _fastest(report: Report, **wanted: object) -> Row:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import pycoll
+from pycoll import _C
 from pycoll.collectives import Algorithm
 
 from . import ranks, values
@@ -91,7 +92,18 @@ def pycoll_rank(store: dist.Store, rank: int, world_size: int) -> ranks.Rank:
     return ranks.Rank(rank, world_size, contenders, comm.barrier, lambda: {**pycoll.info(), "footprint": footprint})
 
 
-def serve(make: Callable[[dist.Store, int, int], ranks.Rank]) -> None:
+def facts() -> dict[str, Any]:
+    """Of a rank that has no more to say."""
+    return {"torch": torch.__version__, "simd": _C.simd, "threads": torch.get_num_threads()}
+
+
+class Serves(Protocol):
+    """A rank, of whatever kind."""
+
+    def serve(self) -> None: ...
+
+
+def serve(make: Callable[[dist.Store, int, int], Serves]) -> None:
     """Runs the rank that the environment describes; the store is the file named on the command line."""
     rank, world_size = int(os.environ[ranks.RANK_VARIABLE]), int(os.environ[ranks.WORLD_VARIABLE])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))

@@ -124,8 +124,8 @@ def steps(python: Path, out: Path, environ: Mapping[str, str]) -> list[Step]:
         tests += ["-o", "addopts=-ra"]
     no_tests = absent(TEST_NEEDS)
     found = [
-        Step("build", [python, "-m", "pip", *install], 240, needed=True),
-        Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 100, lacks=no_tests),
+        Step("build", [python, "-m", "pip", *install], 205, needed=True),
+        Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 110, lacks=no_tests),
     ]
     no_sanitizer = [] if shutil.which(SANITIZER, path=environ.get("PATH")) else [SANITIZER]
     for tool in ("memcheck", "synccheck"):
@@ -139,12 +139,13 @@ def steps(python: Path, out: Path, environ: Mapping[str, str]) -> list[Step]:
             out / f"{tool}.txt",
         ]
         chosen = [*sanitizer, *tests, "-q", "-k", "every_dtype and 3"]
-        found.append(Step(tool, chosen, 30, lacks=[*no_tests, *no_sanitizer]))
+        found.append(Step(tool, chosen, 25, lacks=[*no_tests, *no_sanitizer]))
     # The benchmarks begin nothing more some time before they are ended, and write what they have after each case. They
     # are called without their command line, whose library a machine may lack.
     for name, settings, seconds in (
-        ("local_group", "LocalGroupBench(seconds=40, forced_factor=16", 70),
-        ("gpu", "GpuBench(seconds=60", 100),
+        ("local_group", "LocalGroupBench(seconds=30, forced_factor=16", 55),
+        ("gpu", "GpuBench(seconds=40", 70),
+        ("training_gpu", "GpuTrainingBench(seconds=60", 80),  # the last: compiling may take what others have left
     ):
         program = (
             f"import sys; from pathlib import Path; from pycoll.benchmarks.{name} import *; "

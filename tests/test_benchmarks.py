@@ -15,8 +15,11 @@ from pycoll.benchmarks import (
     all_reduce,
     bars,
     ceiling_ranks,
+    convergence,
     gpu,
+    gpu_calls,
     gpu_ranks,
+    gpu_report,
     local_group,
     mpi,
     overhead,
@@ -28,6 +31,7 @@ from pycoll.benchmarks import (
     timing,
     values,
 )
+from pycoll.benchmarks.adam_cases import BF16, CASES, SEQUENCE, STEP, Model, mixed_sequences, sequences
 from pycoll.benchmarks.driver import Contest
 from pycoll.benchmarks.groups import GroupFailed, Launch, RankGroup
 
@@ -296,7 +300,7 @@ import os, sys, time
 import torch, torch.distributed as dist
 import pycoll
 from functools import partial
-from pycoll.benchmarks import gpu_ranks, ranks
+from pycoll.benchmarks import gpu_calls, ranks
 
 rank, world_size = int(os.environ[ranks.RANK_VARIABLE]), int(os.environ[ranks.WORLD_VARIABLE])
 if sys.argv[1] == "absent":
@@ -327,22 +331,22 @@ def unsupported(x):
 
 in_place = lambda x: partial(comm.all_reduce, x)
 contenders = {
-    "pycoll": {("pycoll", "auto", "private", "eager"): gpu_ranks.Contender(allocate, in_place),
-               ("pycoll", "auto", "symmetric", "eager"): gpu_ranks.Contender(allocate, into_another),
-               ("pycoll", "odd", "private", "eager"): gpu_ranks.Contender(allocate, unsupported)},
-    "NCCL": {("NCCL", "default", "private", "eager"): gpu_ranks.Contender(refuse, in_place)},
-    "wrong": {("wrong", "default", "private", "eager"): gpu_ranks.Contender(allocate, wrong)},
+    "pycoll": {("pycoll", "auto", "private", "eager"): gpu_calls.Contender(allocate, in_place),
+               ("pycoll", "auto", "symmetric", "eager"): gpu_calls.Contender(allocate, into_another),
+               ("pycoll", "odd", "private", "eager"): gpu_calls.Contender(allocate, unsupported)},
+    "NCCL": {("NCCL", "default", "private", "eager"): gpu_calls.Contender(refuse, in_place)},
+    "wrong": {("wrong", "default", "private", "eager"): gpu_calls.Contender(allocate, wrong)},
 }
-gpu_ranks.GpuRank(rank, world_size, contenders[sys.argv[1]], lambda: {"torch": torch.__version__}, watch).serve()
+gpu_calls.GpuRank(rank, world_size, contenders[sys.argv[1]], lambda: {"torch": torch.__version__}, watch).serve()
 """
-SETTING = gpu.Setting(ranks=2, gpus=1, gpu="a GPU", free_bytes=2**34)
+SETTING = gpu_report.Setting(ranks=2, gpus=1, gpu="a GPU", free_bytes=2**34)
 
 
 @pytest.fixture
 def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The libraries of the benchmark are ranks on the CPU, by their names."""
 
-    def launches(config: gpu.GpuBench, setting: gpu.Setting, folder: Path) -> list[tuple[Launch, int]]:
+    def launches(config: gpu.GpuBench, setting: gpu_report.Setting, folder: Path) -> list[tuple[Launch, int]]:
         return [
             (Launch(name, [sys.executable, "-c", GPU_RANK, name, str(folder / name)]), setting.ranks)
             for name in config.contenders
@@ -440,11 +444,11 @@ def test_ranks_share_a_gpu_where_there_are_too_few(
     assert (setting.ranks, setting.shared, setting.modes) == (ranks, shared, modes)
     launched = gpu.launches(gpu.GpuBench(algorithms=("auto", "ring")), setting, Path("meet"))
     assert [(launch.name, count) for launch, count in launched] == [
-        (name, 1 if peer == "copy" else ranks) for peer, name in gpu.NAMES.items()
+        (name, 1 if peer == "copy" else ranks) for peer, name in gpu_report.NAMES.items()
     ]
     assert launched[0][0].command[-4:] == ["pycoll", "meet/pycoll", ",".join(modes), "auto,ring"]
     assert all(("NCCL_MULTI_RANK_GPU_ENABLE" in launch.environment) == shared for launch, _ in launched)
-    assert set(gpu_ranks.RANKS) == set(gpu.NAMES) and set(modes) <= set(gpu_ranks.MODES)
+    assert set(gpu_ranks.RANKS) == set(gpu_report.NAMES) and set(modes) <= set(gpu_calls.MODES)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int, built: bool = True) -> None:
@@ -508,10 +512,10 @@ def test_old_nccl_takes_one_rank_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_failure_is_told_in_a_line(failure: str, line: str) -> None:
-    assert gpu.brief(failure).startswith(line) and "\n" not in gpu.brief(failure)
+    assert gpu_report.brief(failure).startswith(line) and "\n" not in gpu_report.brief(failure)
 
 
-def gpu_report(dtype: str) -> report.Report:
+def run_on_gpus(dtype: str) -> report.Report:
     found = report.Report("gpu", 4, dtype, MACHINE)
     for mode, seconds in (("eager", 2e-5), ("graph", 1e-5)):
         found.rows += [
@@ -524,22 +528,24 @@ def gpu_report(dtype: str) -> report.Report:
 
 
 def test_the_table_of_gpus_compares_with_nccl_in_the_same_mode(tmp_path: Path) -> None:
-    setting = gpu.Setting(4, 4, "a GPU", 2**34)
-    found = gpu.Found(setting, [gpu_report("float32"), gpu_report("bfloat16")], ["torch symm_mem: no peer access"])
-    assert gpu.table(found).row_count == 16
-    assert gpu.caption(found).plain == "Left out: torch symm_mem: no peer access"
-    measured = json.loads(gpu.to_json(found))["rows"]
+    setting = gpu_report.Setting(4, 4, "a GPU", 2**34)
+    found = gpu_report.Found(
+        setting, [run_on_gpus("float32"), run_on_gpus("bfloat16")], ["torch symm_mem: no peer access"]
+    )
+    assert gpu_report.table(found).row_count == 16
+    assert gpu_report.caption(found).plain == "Left out: torch symm_mem: no peer access"
+    measured = json.loads(gpu_report.to_json(found))["rows"]
     ratios = {(r["memory"], r["mode"]): r["x_nccl"] for r in measured if r["who"] == "pycoll"}
     expected = {"private": 3, "symmetric": 6}
     assert ratios == {(m, mode): pytest.approx(expected[m]) for m in expected for mode in ("eager", "graph")}
     assert measured[0]["busbw"] == pytest.approx(1.5 * MIB / 2e-5)
-    gpu.draw(found, tmp_path / "gpu.png")
+    gpu_report.draw(found, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
-    assert gpu.succeeded(found)
+    assert gpu_report.succeeded(found)
     found.reports[0].failures.append("NCCL: gone")
-    assert gpu.succeeded(found)
+    assert gpu_report.succeeded(found)
     found.reports[1].failures.append("pycoll: gone")
-    assert not gpu.succeeded(found)
+    assert not gpu_report.succeeded(found)
 
 
 def test_ranks_on_one_gpu_have_fewer_sizes_for_forced_algorithms() -> None:
@@ -560,7 +566,7 @@ def test_readme_shows_committed_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- results: (.+?) -->\n(.*?)<!-- end of results -->", readme, re.DOTALL)
     shown = [report.Report.from_json((ROOT / path).read_text(encoding="utf-8")) for path, _ in tables]
-    assert [each.benchmark for each in shown] == ["all-reduce", "collectives"]
+    assert [each.benchmark for each in shown] == ["all-reduce", "collectives", "step", "training"]
     assert [text for _, text in tables] == [summary.markdown(each) for each in shown]
     assert all((ROOT / path).with_suffix(".png").exists() for path, _ in tables)
 
@@ -581,8 +587,8 @@ def test_adam_benchmark_runs_and_says_what_it_found(tmp_path: Path, capsys: pyte
     found = json.loads((tmp_path / "adam-cpu.json").read_text())
     cases = {(row["case"], row["tensors"], row["who"]) for row in found["rows"]}
     everybody = ("pycoll", "torch fused", "torch foreach", "ceiling")
-    wanted = {(adam.STEP, n, who) for n in (1, 7) for who in everybody}
-    wanted |= {(case, n, who) for case in (adam.SEQUENCE, adam.BF16) for n in (1, 7) for who in everybody[:2]}
+    wanted = {(STEP, n, who) for n in (1, 7) for who in everybody}
+    wanted |= {(case, n, who) for case in (SEQUENCE, BF16) for n in (1, 7) for who in everybody[:2]}
     assert cases == wanted and all(row["timing"]["median"] > 0 for row in found["rows"])
     assert (tmp_path / "adam-cpu.png").stat().st_size > 1000
     shown = capsys.readouterr().out
@@ -590,32 +596,31 @@ def test_adam_benchmark_runs_and_says_what_it_found(tmp_path: Path, capsys: pyte
 
 
 def test_adam_contenders_make_the_same_step() -> None:
-    config = adam.AdamBench(parameters=3000)
-    for make in (adam.sequences, adam.mixed_sequences):
+    for make in (sequences, mixed_sequences):
         results = []
         for who in ("pycoll", "torch fused"):
-            contenders = {contender.who: contender for contender in make(config, 3)}
+            contenders = {contender.who: contender for contender in make(3000, 3, "cpu")}
             contenders[who].prepare()
             contenders[who].run()
             run = contenders[who].run
-            model = next(cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, adam.Model))  # type: ignore[attr-defined]
+            model = next(cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, Model))  # type: ignore[attr-defined]
             results.append([param.detach().float() for param in model.params])
         for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-2 if make is adam.mixed_sequences else 1e-5, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=1e-2 if make is mixed_sequences else 1e-5, atol=1e-6)
 
 
 def test_adam_bars() -> None:
     seconds = {"pycoll": 1.0, "torch fused": 2.3, "ceiling": 0.91}
     rows = [
         adam.Row(case, n, who, timing.summarize([value], 1))
-        for case in adam.CASES
+        for case in CASES
         for n in (1, 200)
         for who, value in seconds.items()
     ]
     assert all(bar.passed for bar in adam.bars_of(rows)) and len(adam.bars_of(rows)) == 8
-    slower = [row for row in rows if (row.case, row.who) != (adam.BF16, "torch fused")]
+    slower = [row for row in rows if (row.case, row.who) != (BF16, "torch fused")]
     assert [bar.passed for bar in adam.bars_of(slower)].count(None) == 2
-    slower += [adam.Row(adam.BF16, 1, "torch fused", timing.summarize([2.1], 1))]
+    slower += [adam.Row(BF16, 1, "torch fused", timing.summarize([2.1], 1))]
     assert [bar.passed for bar in adam.bars_of(slower)].count(False) == 1
 
 
@@ -625,3 +630,40 @@ def test_adam_refuses_bad_options(capsys: pytest.CaptureFixture[str], tmp_path: 
     if not torch.cuda.is_available():
         assert adam.main(adam.AdamBench(device="cuda", output=tmp_path)) == 2
         assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def found_losses(finals: dict[str, list[float]]) -> convergence.Found:
+    """Runs that end with these losses, a seed each; other cases as the reference."""
+    reference = finals[convergence.REFERENCE]
+    return convergence.Found(
+        [
+            convergence.Run(case, seed, [5, 10], [loss + 1, loss], 0)
+            for case in convergence.CASES
+            for seed, loss in enumerate(finals.get(case, reference))
+        ]
+    )
+
+
+def test_convergence_verdicts() -> None:
+    """The reference's finals have the standard deviation 0.1, a difference of such means the standard error 0.0816."""
+    near, far = "sharded, bf16", "sharded, fp32, int8 wire"
+    found = found_losses({convergence.REFERENCE: [2.0, 2.1, 1.9], near: [2.1, 2.3, 2.0], far: [2.2, 2.3, 2.1]})
+    verdicts = {each.case: each for each in found.verdicts()}
+    assert verdicts[near].difference == pytest.approx(0.4 / 3)
+    assert verdicts[near].deviations == pytest.approx(4 / 3)
+    assert verdicts[near].errors == pytest.approx(4 / 3 / (2 / 3) ** 0.5)
+    assert verdicts[near].paired == pytest.approx(0.1 / 3)
+    assert verdicts[near].within_noise and not verdicts[far].within_noise
+    assert [each.within_noise for each in verdicts.values()].count(True) == len(convergence.CASES) - 1
+
+
+def test_convergence_trains_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = convergence.ConvergenceBench(steps=20, ranks=1, batch_size=1, output=tmp_path, quick=True)
+    assert convergence.main(config) in (0, 1)
+    found = json.loads((tmp_path / "convergence.json").read_text())
+    assert {(run["case"], run["seed"]) for run in found["runs"]} == {(c, s) for c in convergence.CASES for s in (0, 1)}
+    assert all(run["steps"] == [1] and len(run["losses"]) == 1 for run in found["runs"])
+    assert (tmp_path / "convergence.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert all(case in shown for case in convergence.CASES)
+    assert convergence.main(convergence.ConvergenceBench(seeds=1, output=tmp_path)) == 2
