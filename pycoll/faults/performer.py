@@ -6,16 +6,14 @@ import os
 import signal
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pycoll.errors import Error
 from pycoll.faults.calls import AT_THE_END, NEVER, Call
+from pycoll.faults.member import Member
 from pycoll.faults.operations import OPERATIONS
 from pycoll.faults.report import Attempt
 from pycoll.faults.values import Buffers, Patterns, WrongValueError
-
-if TYPE_CHECKING:
-    from pycoll.faults.rank import RankRun
 
 
 class InjectedError(Exception):
@@ -33,57 +31,57 @@ class EndingError(Exception):
 class Performer:
     """One thread of one rank."""
 
-    def __init__(self, run: RankRun, thread: int) -> None:
-        self._run, self.thread = run, thread
+    def __init__(self, member: Member, thread: int) -> None:
+        self._member, self.thread = member, thread
         self._pending: list[tuple[int, Call, Any, Buffers]] = []  # before which call it is to be waited for; the call
 
     def run(self) -> None:
         """Makes the calls of the thread; what else goes wrong is a problem of the report."""
-        run = self._run
+        member = self._member
         try:
-            if run.create(self.thread):
+            if member.create(self.thread):
                 self._make_calls()
         except EndingError:
-            run.ends = True
+            member.ends = True
         except (LeavingError, InjectedError):
             self._pending.clear()
-            for i, group in enumerate(run.script.groups):
+            for i, group in enumerate(member.script.groups):
                 if group.thread == self.thread:
-                    run.drop(i)
+                    member.drop(i)
         except Exception:
-            run.report.problems.append(f"rank {run.rank} thread {self.thread}: {traceback.format_exc()}")
-        if not run.ends:
+            member.report.problems.append(f"rank {member.rank} thread {self.thread}: {traceback.format_exc()}")
+        if not member.ends:
             self._pending.clear()
 
     def _make_calls(self) -> None:
-        run = self._run
-        calls = run.script.calls[self.thread]
-        mine = {call.index for call in run.script.calls_of(run.rank, self.thread)}
+        member = self._member
+        calls = member.script.calls[self.thread]
+        mine = {call.index for call in member.script.calls_of(member.rank, self.thread)}
         try:
             if self.thread == 0:
-                run.armed = True
+                member.armed = True
             for call in calls:
                 self._wait_until(call.index)
                 self._meet_fault(call.index)
                 if call.index in mine:
-                    run.board.begin(run.rank, self.thread, call.index)
+                    member.board.begin(member.rank, self.thread, call.index)
                     self._make(call)
             self._wait_until(AT_THE_END)
         finally:
             if self.thread == 0:
-                run.armed = False
+                member.armed = False
 
     def _make(self, call: Call) -> None:
-        run = self._run
-        ranks = run.script.groups[call.group].ranks
-        me, size = ranks.index(run.rank), len(ranks)
-        patterns = Patterns(run.script.seed, self.thread, call, size)
+        member = self._member
+        ranks = member.script.groups[call.group].ranks
+        me, size = ranks.index(member.rank), len(ranks)
+        patterns = Patterns(member.script.seed, self.thread, call, size)
         plan = OPERATIONS[call.operation].plan(call, me, size)
         attempt, buffers = self._attempt(call), None
         try:
-            buffers = Buffers(call, plan, patterns, me, lambda n, dtype: run.front.allocate(call, n, dtype))
+            buffers = Buffers(call, plan, patterns, me, lambda n, dtype: member.front.allocate(call, n, dtype))
             attempt = self._attempt(call)
-            work = run.front.start(call, buffers)
+            work = member.front.start(call, buffers)
         except Error as error:
             self._fail(attempt, error, buffers)
             return
@@ -113,7 +111,7 @@ class Performer:
         return Attempt(self.thread, call.index, call.group, waited=waited)
 
     def _succeed(self, attempt: Attempt, call: Call, buffers: Buffers) -> None:
-        self._run.report.outcomes.append(attempt.end())
+        self._member.report.outcomes.append(attempt.end())
         try:
             buffers.check()
         except WrongValueError as error:
@@ -121,29 +119,29 @@ class Performer:
         buffers.spoil()
 
     def _complain(self, call: Call, error: WrongValueError) -> None:
-        self._run.report.problems.append(f"rank {self._run.rank} thread {self.thread} call {call.index}: {error}")
+        self._member.report.problems.append(f"rank {self._member.rank} thread {self.thread} call {call.index}: {error}")
 
     def _fail(self, attempt: Attempt, error: Error, buffers: Buffers | None) -> None:
-        self._run.report.outcomes.append(attempt.end(error))
+        self._member.report.outcomes.append(attempt.end(error))
         if buffers is not None:
             buffers.spoil()
-        if self._run.script.crash:
+        if self._member.script.crash:
             raise LeavingError
 
     def _meet_fault(self, index: int) -> None:
-        run, fault = self._run, self._run.script.fault
-        if (self.thread, index) != (fault.thread, fault.call) or run.rank not in fault.ranks:
+        member, fault = self._member, self._member.script.fault
+        if (self.thread, index) != (fault.thread, fault.call) or member.rank not in fault.ranks:
             return
         if fault.kind in ("abort", "close"):
-            run.sabotage()
+            member.sabotage()
             return
-        run.board.strike(run.rank)
+        member.board.strike(member.rank)
         if fault.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "vanish":
             os._exit(3)
         elif fault.kind == "stop":
-            run.say(b"s")
+            member.say(b"s")
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault.kind == "delay":
             time.sleep(fault.lasts)

@@ -157,10 +157,13 @@ class _Judgement:
 
     def _problem_with_time_out(self, culprit: int | None, group: Group | None, number: int) -> str | None:
         fault = self.script.fault
-        if not fault.overruns:
-            return "a time-out that nothing explains"
         chained = group is None or sum(g.thread == group.thread for g in self.script.groups) > 1  # one holds up another
         nobody = culprit is None and self._asks_anybody(number)
+        if not fault.overruns:
+            awaited = self._awaited_anybody()
+            if (nobody and number in awaited) or (awaited and chained and culprit not in self.struck):
+                return None
+            return "a time-out that nothing explains"
         if culprit in self.struck or chained or fault.creation or nobody or self._starved():
             return None
         return "a time-out that blames another rank"
@@ -182,6 +185,15 @@ class _Judgement:
     def _asks_anybody(self, number: int) -> bool:
         """Whether there are receives in a group that blame anybody, or nobody, when nothing comes."""
         return any(call.any_source and call.group == number for calls in self.script.calls for call in calls)
+
+    def _awaited_anybody(self) -> set[int]:
+        """The groups that a rank has left while another received from any source until its time-out: those that stayed
+        might have sent yet (M9)."""
+        if self.script.fault.kind not in ("raise", "close", "exit"):
+            return set()
+        outcomes = [o for ending in self.endings if ending.report is not None for o in ending.report.outcomes]
+        waited = {o.group for o in outcomes if o.error == "TimeoutError" and "receive(from any rank" in o.text}
+        return {number for number in waited - {CREATION} if {*self.struck} & {*self.script.groups[number].ranks}}
 
     def _has_left(self, rank: int | None, thread: int) -> bool:
         """Whether a rank met the fault, or an error in that thread."""

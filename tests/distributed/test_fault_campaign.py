@@ -1,4 +1,4 @@
-"""`pycoll faults`: as many seeds as fit into PYCOLL_FAULTS_SECONDS (45) from PYCOLL_FAULTS_FIRST (0) on; and that it
+"""`pycoll faults`: as many seeds as fit into PYCOLL_FAULTS_SECONDS (20) from PYCOLL_FAULTS_FIRST (0) on; and that it
 finds what is broken."""
 
 import os
@@ -13,7 +13,7 @@ from pycoll.faults.campaign import Faults, Servers, campaign, report
 from pycoll.faults.script import make_script
 from pycoll.faults.verdict import BOUND
 
-SECONDS = float(os.environ.get("PYCOLL_FAULTS_SECONDS", "45"))
+SECONDS = float(os.environ.get("PYCOLL_FAULTS_SECONDS", "20"))
 FIRST = int(os.environ.get("PYCOLL_FAULTS_FIRST", "0"))
 BROKEN = Path(__file__).with_name("broken_server.py")
 
