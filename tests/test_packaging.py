@@ -561,6 +561,7 @@ def test_make_gpu_leaves_out_what_this_machine_cannot_run(
     sanitizer, library = ["compute-sanitizer"], ["absent-a"]
     assert lacks == {
         "build": [], "tests": [], "memcheck": sanitizer, "synccheck": sanitizer, "local_group": library, "gpu": library,
+        "training_gpu": library,
     }  # fmt: skip
     assert "addopts=-ra" in chosen[1].command, "pytest takes no offence at settings of a plugin that is not there"
     monkeypatch.setattr(pycoll_gpu, "TEST_NEEDS", absent)
@@ -624,10 +625,10 @@ def test_a_slow_build_of_make_gpu_takes_the_time_of_what_comes_last(
     monkeypatch.setattr(pycoll_gpu, "GRACE", 0.0)
     chosen = [
         shell("build", "sleep 3", 2, needed=True),
-        shell("tests", "sleep 1.2", 2),
+        shell("tests", "sleep 1.5", 2),
         shell("bench", f"touch {tmp_path}/bench", 2),
     ]
-    assert pycoll_gpu.run(chosen, {"PATH": os.defpath}, 5.2) == ["bench left out, as the time was over"]
+    assert pycoll_gpu.run(chosen, {"PATH": os.defpath}, 5.9) == ["bench left out, as the time was over"]
     assert not (tmp_path / "bench").exists()
 
 
