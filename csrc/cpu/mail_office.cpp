@@ -107,7 +107,6 @@ Request PostOffice::start(const Message& message, bool outgoing, Mail::Done done
     if (closing_ || calls_.refuses()) throw Error(ErrorKind::kError, "pycoll: the communicator is closed");
     watch_.throw_if_failed();
     if (outgoing && load_acquire(a_.control(message.peer).departed) != 0) {
-      watch_.throw_failure_of(message.peer);
       throw watch_.fail(watch_.lost(message.peer, Watch::Fate::kLeft));
     }
     begin(letter);

@@ -319,6 +319,24 @@ void an_abort_ends_every_wait() {
   }
 }
 
+// Also what lies there already.
+void who_finds_that_a_rank_failed_and_left_receives_no_more() {
+  std::atomic<bool> sent{false};
+  no_errors(run_ranks(3, small_config(), kLong, [&](Communicator& comm) {
+    if (comm.rank() == 2) {
+      send(comm, 1, 10);
+      sent = true;
+    } else if (comm.rank() == 0) {
+      while (!sent) std::this_thread::yield();
+      comm.abort("rank 0 gave up");
+    } else {
+      while (!has_left(comm, 0)) std::this_thread::yield();
+      expect(ErrorKind::kError, "rank 0 gave up", 0, [&] { send(comm, 0, 10); });
+      expect(ErrorKind::kError, "rank 0 gave up", 0, [&] { receive(comm, 2, 10); });
+    }
+  }));
+}
+
 void a_failed_collective_ends_messages_too() {
   no_errors(run_ranks(2, small_config(), kLong, [](Communicator& comm) {
     Told told;
@@ -659,6 +677,7 @@ int main() {
   what_the_last_to_leave_has_sent_is_received();
   an_error_is_cut_between_characters();
   an_abort_ends_every_wait();
+  who_finds_that_a_rank_failed_and_left_receives_no_more();
   a_failed_collective_ends_messages_too();
   interrupts();
   closing_ends_what_is_being_sent();
