@@ -26,4 +26,4 @@ class PeerLostError(Error, ConnectionError):
 
 
 class TimeoutError(Error, builtins.TimeoutError):
-    """A rank did not come in time. `rank` names it."""
+    """A rank did not come in time. `rank` names it; None if who waits, or is waited for, receives from any rank."""

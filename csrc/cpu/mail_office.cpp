@@ -9,6 +9,9 @@ namespace pycoll::cpu {
 
 namespace {
 
+// Of a receive from any source that which sends, once that is known.
+int peer_of(const Letter& letter) { return letter.source >= 0 ? letter.source : letter.message.peer; }
+
 std::exception_ptr as_failure(const Error& error) { return std::make_exception_ptr(error); }
 
 }  // namespace
@@ -18,12 +21,12 @@ class PostOffice::Visit {
  public:
   explicit Visit(PostOffice& office) : office_(office) { office_.waiters_.fetch_add(1); }
   ~Visit() {
-    if (told_) office_.watch_.mail_waits_for(-1);
+    if (told_) office_.watch_.mail_waits_for(Watch::kNobody);
     office_.waiters_.fetch_sub(1);  // the last that this thread has to do with the office
   }
   Visit(const Visit&) = delete;
   void tell(int peer) {
-    office_.watch_.mail_waits_for(peer);
+    office_.watch_.mail_waits_for(peer == kAnySource ? Watch::kAnybody : peer);
     told_ = true;
   }
 
@@ -238,9 +241,9 @@ void PostOffice::await(Letter& letter, std::optional<std::chrono::milliseconds> 
   const bool shorter = timeout && *timeout < longest;
   const auto deadline = Clock::now() + (shorter ? *timeout : longest);
   const auto look = [&] {
-    visit.tell(letter.message.peer);
     {
       const Lock lock(*this);
+      visit.tell(peer_of(letter));
       look_for_losses();
     }
     let_interrupts_in(letter, interrupted);
@@ -286,7 +289,7 @@ void PostOffice::overdue(const Letter& letter, std::optional<std::chrono::millis
   const Lock lock(*this);
   (void)step();
   if (letter.ended || verdict_) return;
-  const int peer = letter.source >= 0 ? letter.source : letter.message.peer;
+  const int peer = peer_of(letter);
   if (!given) return fail(as_failure(watch_.late(peer, watch_.timeout(), " " + describe(letter))));
   throw Error(ErrorKind::kTimeout,
               "pycoll: " + a_.names.rank(rank_) + " waited " + describe(letter) + " for the " +

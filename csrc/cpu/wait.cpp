@@ -14,8 +14,10 @@ namespace pycoll::cpu {
 namespace {
 std::atomic<void (*)()> interrupt_check{nullptr};
 
-// A word that says whom a rank waits for: one more than the rank, 0 for nobody, under the time in milliseconds.
+// A word that says whom a rank waits for: one more than the rank, 0 for nobody, all bits for anybody, under the time in
+// milliseconds.
 constexpr int kRankBits = 16;
+constexpr uint64_t kRankMask = (1 << kRankBits) - 1;
 
 uint64_t milliseconds_now() {
   return static_cast<uint64_t>(
@@ -23,7 +25,8 @@ uint64_t milliseconds_now() {
 }
 
 uint64_t word_of_wait(int peer) {
-  return peer < 0 ? 0 : milliseconds_now() << kRankBits | static_cast<uint64_t>(peer + 1);
+  if (peer == Watch::kNobody) return 0;
+  return milliseconds_now() << kRankBits | (peer == Watch::kAnybody ? kRankMask : static_cast<uint64_t>(peer + 1));
 }
 }  // namespace
 
@@ -63,12 +66,12 @@ void Watch::mail_waits_for(int peer) const { store_release(a_.control(a_.rank).m
 int Watch::awaited_by(int rank, std::chrono::milliseconds patience) const {
   const Control& c = a_.control(rank);
   for (const uint64_t* said : {&c.waits_for, &c.mail_waits_for}) {
-    const uint64_t word = load_acquire(*said), peer = word & ((1 << kRankBits) - 1);
-    if (peer == 0 || peer > static_cast<uint64_t>(a_.geometry.world)) continue;
+    const uint64_t word = load_acquire(*said), peer = word & kRankMask;
+    if (peer == 0 || (peer > static_cast<uint64_t>(a_.geometry.world) && peer != kRankMask)) continue;
     const auto age = static_cast<int64_t>(milliseconds_now() - (word >> kRankBits));
-    if (age <= patience.count()) return static_cast<int>(peer) - 1;
+    if (age <= patience.count()) return peer == kRankMask ? kAnybody : static_cast<int>(peer) - 1;
   }
-  return -1;
+  return kNobody;
 }
 
 void Watch::look(std::span<const Awaited> missing, Clock::time_point deadline,
@@ -116,14 +119,17 @@ Error Watch::late(int peer, std::chrono::milliseconds timeout, const std::string
   // Who may itself be waiting for another, and so on: the last of the chain holds up all. Whoever has not said for long
   // that it still waits does not run: it may have been stopped in a wait that would have ended meanwhile.
   const auto patience = std::min(timeout / 2, std::chrono::milliseconds(500));
-  int culprit = peer;
+  int culprit = peer, next = kNobody;
   for (int i = 0; culprit >= 0 && i < a_.geometry.world; ++i) {
-    const int next = awaited_by(culprit, patience);
+    next = awaited_by(culprit, patience);
     if (next < 0 || next == a_.rank) break;
     culprit = next;
   }
-  const std::string who =
-      culprit < 0 ? "any rank: none came" : a_.names.rank(culprit) + ", which is alive but did not come";
+  std::string who = culprit < 0 ? "any rank: none came" : a_.names.rank(culprit) + ", which is alive but did not come";
+  if (next == kAnybody) {  // who is to blame nobody can tell
+    who = a_.names.rank(culprit) + ", which waits to receive from any rank: none came";
+    culprit = -1;
+  }
   return Error(ErrorKind::kTimeout,
                "pycoll: " + a_.names.rank(a_.rank) + " waited " + std::to_string(timeout.count()) + " ms" + doing +
                    " for " + who + ". Did it make this call? Raise the timeout if it is slow",
@@ -222,7 +228,7 @@ void Waiter::sleep_until_here(std::span<const Awaited> missing) const {
     watch_.look(missing, deadline_, timeout_);
     if (interruptible_) check_interrupt();
   }
-  watch_.waits_for(-1);
+  watch_.waits_for(Watch::kNobody);
 }
 
 void wake(Cell& cell) { futex_wake_all(cell.value); }

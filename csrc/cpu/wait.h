@@ -63,11 +63,13 @@ class Watch {
   // `doing`: what this rank does meanwhile. `peer`: -1 where any could have come.
   Error late(int peer, std::chrono::milliseconds timeout, const std::string& doing) const;
 
-  // Names the rank that this one waits for (-1: none), so that a time-out can follow the chain to the rank that holds
-  // up all. Said again about every 20 ms while it waits: a rank that is stopped says so no longer.
+  static constexpr int kNobody = -1, kAnybody = -2;
+
+  // Names the rank that this one waits for, so that a time-out can follow the chain to the rank that holds up all. Said
+  // again about every 20 ms while it waits: a rank that is stopped says so no longer.
   void waits_for(int peer) const;
   void mail_waits_for(int peer) const;  // the same of sends and receives, which go on beside collectives
-  // Whom a rank waits for, as it has said within the last `patience`; -1: nobody.
+  // Whom a rank waits for, as it has said within the last `patience`.
   int awaited_by(int rank, std::chrono::milliseconds patience) const;
 
   const Names& names() const { return a_.names; }

@@ -32,6 +32,7 @@ from pycoll.faults.script import Fault, Script, make_script
 from pycoll.faults.verdict import Result, judge
 
 TICK = 0.005  # seconds between looks, while something is to be done at its time
+LONGEST_PAUSE = 0.1  # and otherwise: what the machine does not run for longer is noticed
 PATIENCE = 20.0  # seconds beyond its time-outs after which a seed hangs
 DUMP = signal.SIGUSR2  # makes a rank print the stacks of its threads
 KEPT: list[object] = []  # what a rank leaves open to the end of its interpreter
@@ -90,12 +91,15 @@ class Play:
         self._continue_at: dict[int, float] = {}  # stopped rank -> when it is to go on
         self._pending = set(script.fault.ranks) if script.fault.call is None else set()
         self._hangs = False
+        self._looked = self._began
+        self._stood_still = 0.0
 
     def run(self) -> Result | None:
         """Plays the script with processes; None in a rank that is to end as an interpreter does."""
         for rank in range(self.script.world_size):
             if self._fork(rank):
                 return None
+            self._look_at_clock()
         limit = self._began + 2 * self.script.timeout + self.script.fault.lasts + PATIENCE
         while any(child.status is None for child in self._children):
             self._await_something(limit)
@@ -103,7 +107,9 @@ class Play:
             if time.monotonic() > limit and not self._hangs:
                 self._hangs = True
                 self._end_all()
-        result = judge(self.script, [child.ending() for child in self._children], self._board, self._hangs)
+        result = judge(
+            self.script, [child.ending() for child in self._children], self._board, self._hangs, self._stood_still
+        )
         result.seconds = time.monotonic() - self._began
         self._close()
         return result
@@ -154,7 +160,10 @@ class Play:
         for fd in descriptors:
             poll.register(fd, select.POLLIN)
         busy = self._pending or self._continue_at
-        for fd, _ in poll.poll(1e3 * (TICK if busy else max(TICK, min(limit - time.monotonic(), 1.0)))):
+        pause = TICK if busy else max(TICK, min(limit - time.monotonic(), LONGEST_PAUSE))
+        ready = poll.poll(1e3 * pause)
+        self._look_at_clock(pause)
+        for fd, _ in ready:
             child = descriptors[fd]
             if fd == child.pipe:
                 self._hear(child)
@@ -163,6 +172,12 @@ class Play:
         for child in self._children:
             if child.ended is not None and child.pipe < 0 and child.status is None:
                 child.status = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+
+    def _look_at_clock(self, pause: float = 0.0) -> None:
+        """Notes how much longer than `pause`, which it meant to wait, this process has not run."""
+        now = time.monotonic()
+        self._stood_still = max(self._stood_still, now - self._looked - pause)
+        self._looked = now
 
     def _hear(self, child: Child) -> None:
         """Takes in what a rank says: single letters, then its report."""
@@ -212,7 +227,10 @@ class Play:
         """Or has ended."""
         if child.ended is not None:
             return True
-        return os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        try:
+            return os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # since the last look
+            return True
 
     def _end_all(self) -> None:
         """It hangs: where, is in the ranks' logs."""

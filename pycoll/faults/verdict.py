@@ -27,6 +27,7 @@ class Result:
         happened: whether the fault came before its rank had ended.
         latencies: seconds from each SIGKILL to the error of each survivor that waited for the dead rank, in each group.
         excused: latencies over BOUND of ranks that waited for a core meanwhile, not for pycoll.
+        starved: the longest that a rank waited for a core, or that nothing ran, in seconds.
         seconds: how long it took.
     """
 
@@ -45,12 +46,16 @@ class Result:
     seconds: float = 0.0
 
 
-def judge(script: Script, endings: Sequence[Ending], board: Board, hangs: bool) -> Result:
-    """Looks at what the ranks of a seed reported, how their processes ended and what they printed."""
+def judge(script: Script, endings: Sequence[Ending], board: Board, hangs: bool, stood_still: float = 0.0) -> Result:
+    """Looks at what the ranks of a seed reported, how their processes ended and what they printed.
+
+    `stood_still`: the longest that their server did not run either, in seconds: a virtual machine may be halted, and no
+    process then counts as waiting for a core.
+    """
     result = Result(script.seed, script.fault.kind, script.world_size)
     struck = {rank: at for rank in script.fault.ranks if (at := board.struck(rank)) is not None}
     result.happened = bool(struck)
-    result.starved = max((ending.report.starved for ending in endings if ending.report), default=0.0)
+    result.starved = max([stood_still, *(ending.report.starved for ending in endings if ending.report)])
     if hangs:
         result.problems.append("ranks hang: their stacks are below")
     judgement = _Judgement(script, endings, board, result, struck)

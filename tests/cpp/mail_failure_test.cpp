@@ -164,6 +164,26 @@ void who_holds_up_all_is_named() {
   }));
 }
 
+void nobody_is_blamed_for_who_waits_for_any_rank() {
+  std::atomic<bool> receives{false}, told{false};
+  no_errors(run_ranks(3, small_config(), Milliseconds(1000), [&](Communicator& comm) {
+    if (comm.rank() == 2) {
+      while (!told) std::this_thread::yield();
+    } else if (comm.rank() == 1) {
+      comm.set_timeout(kLong);
+      Bytes b(10);
+      const Request r = comm.mail().receive(message(b, kAnySource));
+      receives = true;
+      expect(ErrorKind::kTimeout, "rank 0 waited", -1, [&] { r.wait(); });
+    } else {
+      while (!receives) std::this_thread::yield();
+      expect(ErrorKind::kTimeout, "for rank 1, which waits to receive from any rank: none came", -1,
+             [&] { send(comm, 1, kLarge, 4); });
+      told = true;
+    }
+  }));
+}
+
 void a_shorter_wait_leaves_the_request_as_it_is() {
   std::atomic<int> waited{0};
   no_errors(run_ranks(2, small_config(), kLong, [&](Communicator& comm) {
@@ -671,6 +691,7 @@ int main() {
   bad_arguments_harm_nothing();
   mismatches();
   who_holds_up_all_is_named();
+  nobody_is_blamed_for_who_waits_for_any_rank();
   a_shorter_wait_leaves_the_request_as_it_is();
   what_a_rank_sent_before_it_left_still_counts();
   who_waits_for_a_rank_that_leaves_is_told();

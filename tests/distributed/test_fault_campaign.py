@@ -3,6 +3,9 @@ finds what is broken."""
 
 import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,28 @@ def test_what_is_broken_is_found(how: str, problem: str) -> None:
     text = "\n".join(report(results[0], verbose=False))
     assert f"seed {seed} FAILED; alone: pycoll faults --seeds {seed} --verbose" in text
     assert re.search(problem, text), text
+
+
+def test_a_machine_that_stands_still_is_no_failure_of_pycoll() -> None:
+    halt = 2.5  # seconds, longer than the time-outs of the groups
+    seed = next(s for s in range(1000) if make_script(s).fault.overruns and make_script(s).timeout < halt - 0.5)
+    with Servers(1) as servers:
+        (server,) = servers._processes.values()  # and the ranks, which are of its session
+
+        def stand_still() -> None:
+            time.sleep(0.2)
+            os.killpg(server.pid, signal.SIGSTOP)
+            time.sleep(halt)
+            os.killpg(server.pid, signal.SIGCONT)
+
+        results = servers.play(iter([seed, seed]))
+        next(results)  # it has imported all
+        thread = threading.Thread(target=stand_still)
+        thread.start()
+        (result,) = results
+        thread.join()
+    assert result.problems == []
+    assert result.starved > halt - 0.5
 
 
 def test_one_seed_alone_shows_its_script(capsys: pytest.CaptureFixture[str]) -> None:
