@@ -188,7 +188,7 @@ class Ceiling:
 
     def trainer(self, grads: list[Tensor]) -> Trainer:
         places = self._wire.split([len(grad) for grad in grads])
-        pack = partial(torch._foreach_copy_, list(places), grads)
+        pack = partial(_C.ceiling_packing, list(places), grads)
         return Trainer(
             None,
             step_models.nothing,

@@ -52,7 +52,7 @@ def one_shot_max_bytes(world_size: int) -> int:
     return fitting[0] if fitting else 8 * KiB
 
 
-# Of fp32 gradients: what has just been packed is still in the caches when it is averaged.
+# Of fp32 gradients: where a model is small, what has just been packed is still in the caches when it is averaged.
 BUCKET_BYTES = 4 * MiB
 
 # A GPU's channels are blocks: many, each with little. Words save the barriers, and cost twice the traffic. The heap is

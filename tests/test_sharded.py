@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import pycoll
-from pycoll import Communicator, DataParallel, FusedAdam, ShardedAdam
+from pycoll import _C, Communicator, DataParallel, FusedAdam, ShardedAdam
 from pycoll.buckets import WIRES
 from pycoll.testing import run_threads
 
@@ -128,6 +128,24 @@ def assert_runs_agree(world_size: int, **how: Any) -> None:
 @pytest.mark.parametrize("world_size", (1, 2, 4))
 def test_is_data_parallel_with_fused_adam_bit_for_bit_over_200_steps(world_size: int, dtype: torch.dtype) -> None:
     assert_runs_agree(world_size, dtype=dtype, steps=range(200))
+
+
+@pytest.mark.parametrize("kind", ("sharded", "fused"))
+@pytest.mark.parametrize("wire", (torch.float32, torch.bfloat16, torch.int8), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_step_past_the_caches_gives_the_same_bits(
+    dtype: torch.dtype, wire: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, plain_norms, _ = train(kind, 2, dtype=dtype, wire=wire)
+    monkeypatch.setattr(_C, "is_large_step", lambda elements: elements > 0)
+    large, large_norms, _ = train(kind, 2, dtype=dtype, wire=wire)
+    assert large_norms == plain_norms
+    assert_equal(weights(large[0]), weights(plain[0]))
+
+
+def test_a_large_step_is_one_that_no_cache_holds() -> None:
+    assert not _C.is_large_step(1000)
+    assert _C.is_large_step(1 << 40)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,13 @@ struct AdamArgs {
   uint64_t first;   // index of the first element, for the random numbers
   bool stochastic;  // 16-bit results are rounded at random, else to the nearest
   AdamScalars scalars;
+  // What is written without having been read, other ranks' parameters and 16-bit ones that have a master, goes past the
+  // caches; whoever announces it calls kernels().drain().
+  bool streams = false;
 };
+
+// Whether the caches are too small for what a step of so many elements reads and writes.
+bool is_large_step(size_t count);
 
 // What one instruction set offers; null where a dtype is neither float32 nor a 16-bit float.
 struct AdamKernels {

@@ -54,14 +54,19 @@ void update_block(const AdamArgs& a, size_t at, size_t n) {
   } else {
     update_loop<false>(to, from, grad, a, at, n);
   }
+  alignas(64) std::byte narrow[kWidens<P> ? kAdamBlock * sizeof(P) : 1];
+  const bool streams_all = kWidens<P> && has_master && a.streams;
+  void* const result = streams_all ? narrow : dst;
   if constexpr (kWidens<P>) {
     if (a.stochastic) {
-      round_block_at_random<P>(dst, wide, a, at, n);
+      round_block_at_random<P>(result, wide, a, at, n);
     } else {
-      narrow_block<P>(dst, wide, n);
+      narrow_block<P>(result, wide, n);
     }
   }
-  for (int d = 1; d < a.dst_count; ++d) copy(static_cast<std::byte*>(a.dst[d]) + at * sizeof(P), dst, n * sizeof(P));
+  for (int d = streams_all ? 0 : 1; d < a.dst_count; ++d) {
+    (a.streams ? stream : copy)(static_cast<std::byte*>(a.dst[d]) + at * sizeof(P), result, n * sizeof(P));
+  }
 }
 
 // No prefetching: an update reads its arrays from end to end, which processors foresee.

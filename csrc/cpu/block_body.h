@@ -58,5 +58,20 @@ void copy(void* dst, const void* src, size_t bytes) {
   __builtin_memcpy(static_cast<std::byte*>(dst) + done, static_cast<const std::byte*>(src) + done, bytes - done);
 }
 
+// Whoever announces what it has written drains first.
+void stream(void* dst, const void* src, size_t bytes) {
+  size_t begin = 0, end = 0;  // of whole lines: written in part they cost more than they save
+  if constexpr (Streams::kBytes > 0) {
+    begin = -reinterpret_cast<uintptr_t>(dst) % 64;
+    if (begin > bytes) begin = 0;
+    end = bytes - (bytes - begin) % 64;
+    for (size_t i = begin; i < end; i += Streams::kBytes) {
+      Streams::store(static_cast<std::byte*>(dst) + i, static_cast<const std::byte*>(src) + i);
+    }
+  }
+  copy(dst, src, begin);
+  copy(static_cast<std::byte*>(dst) + end, static_cast<const std::byte*>(src) + end, bytes - end);
+}
+
 }  // namespace
 }  // namespace pycoll::cpu

@@ -5,7 +5,6 @@
 
 #include "cpu/adam.h"
 #include "cpu/kernels.h"
-#include "cpu/os.h"
 
 namespace pycoll::cpu {
 
@@ -31,6 +30,21 @@ void convert(DType to_dtype, void* to, DType from_dtype, const void* from, size_
   }
 }
 
+// The same past the caches.
+void stream_converted(DType to_dtype, std::byte* to, DType from_dtype, const std::byte* from, size_t count) {
+  if (to_dtype == from_dtype) {
+    kernels().stream(to, from, count * size_of(to_dtype));
+  } else {
+    alignas(64) std::byte block[kUnit * sizeof(float)];
+    for (size_t at = 0; at < count; at += kUnit) {
+      const size_t n = std::min(kUnit, count - at);
+      convert(to_dtype, block, from_dtype, from + at * size_of(from_dtype), n);
+      kernels().stream(to + at * size_of(to_dtype), block, n * size_of(to_dtype));
+    }
+  }
+  kernels().drain();
+}
+
 void pack_int8(const void* grad, DType dtype, size_t first, size_t count, Int8Unit* units, float* residual) {
   for (size_t at = 0; at < count; at += kScaleBlock) {
     Int8Unit& unit = units[(first + at) / kUnit];
@@ -50,12 +64,15 @@ void pack_int8(const void* grad, DType dtype, size_t first, size_t count, Int8Un
 
 }  // namespace
 
-void pack(Wire wire, const void* grad, DType dtype, size_t first, size_t count, void* to, float* residual) {
+void pack(Wire wire, const void* grad, DType dtype, size_t first, size_t count, void* to, float* residual,
+          bool streams) {
   if (wire == Wire::kInt8) return pack_int8(grad, dtype, first, count, static_cast<Int8Unit*>(to), residual);
   const size_t element = size_of(dtype_of(wire));
   std::byte* const place = static_cast<std::byte*>(to) + first * element;
   if (grad == nullptr) {
     std::memset(place, 0, count * element);
+  } else if (streams) {
+    stream_converted(dtype_of(wire), place, dtype, static_cast<const std::byte*>(grad), count);
   } else {
     convert(dtype_of(wire), place, dtype, grad, count);
   }
@@ -92,8 +109,7 @@ void reduce_units(const Shard& shard, const void* const* in, void* const* out, d
   const auto sum_of_squares = adam_kernels().sum_of_squares[static_cast<int>(DType::kFloat32)];
   alignas(64) float buffer[kUnit];
   const bool in_place = in[shard.rank] == out[shard.rank];  // then the averages' memory has just been read
-  const bool large = shard.units * sizeof buffer * static_cast<size_t>(shard.world) > last_level_cache();
-  const auto put = large && !in_place ? kernels().stream : kernels().copy;
+  const auto put = shard.streams && !in_place ? kernels().stream : kernels().copy;
   for (size_t u = from; u < to; ++u) {
     const size_t unit = shard.first() + u;
     const auto place = [&](int r) { return static_cast<float*>(out[r]) + unit * kUnit; };
@@ -104,6 +120,7 @@ void reduce_units(const Shard& shard, const void* const* in, void* const* out, d
       if (place(r) != result) put(place(r), result, sizeof buffer);
     }
   }
+  kernels().drain();
 }
 
 void update_units(const Shard& shard, const void* const* in, void* const* out, const AdamState& state,
@@ -118,7 +135,7 @@ void update_units(const Shard& shard, const void* const* in, void* const* out, c
   for (size_t u = from; u < to; ++u) {
     const size_t begin = (shard.first() + u) * kUnit, end = begin + kUnit;
     while (segment != segments.end() && segment->end <= begin) ++segment;
-    if (segment == segments.end()) return;
+    if (segment == segments.end()) break;
     if (segment->begin >= end) continue;
     average(shard.first() + u, grad);
     for (auto s = segment; s != segments.end() && s->begin < end; ++s) {
@@ -129,9 +146,10 @@ void update_units(const Shard& shard, const void* const* in, void* const* out, c
       }
       update({dst[0], s->master ? state.master + mine : nullptr, dst.data(), shard.world, grad + (at - begin),
               state.exp_avg + mine, state.exp_avg_sq + mine, s->amsgrad ? state.max_exp_avg_sq + mine : nullptr, count,
-              s->first + (at - s->begin), s->stochastic, s->scalars});
+              s->first + (at - s->begin), s->stochastic, s->scalars, shard.streams});
     }
   }
+  kernels().drain();
 }
 
 }  // namespace pycoll::cpu

@@ -14,13 +14,16 @@ namespace pycoll::cpu {
 
 // `count` elements of a gradient, in memory order, into the elements from `first` on of a wire; `first` is a multiple of
 // kScaleBlock. `grad`: float32 or 16 bits; null: zeros. `residual`: of the bucket's elements, for 8 bits, else null.
-void pack(Wire wire, const void* grad, DType dtype, size_t first, size_t count, void* to, float* residual);
+// `streams`: the wire's elements go past the caches, but in 8 bits.
+void pack(Wire wire, const void* grad, DType dtype, size_t first, size_t count, void* to, float* residual,
+          bool streams = false);
 
 // What a rank has of a bucket.
 struct Shard {
   Wire wire;
   int rank, world;
-  size_t units;  // of the whole bucket: a multiple of `world`
+  size_t units;          // of the whole bucket: a multiple of `world`
+  bool streams = false;  // what is written without having been read goes past the caches: there is too much of it
 
   size_t size() const { return units / static_cast<size_t>(world); }
   size_t first() const { return size() * static_cast<size_t>(rank); }

@@ -52,7 +52,9 @@ class Executor {
   void copy(void* dst, const void* src, size_t bytes) const {
     if (mover_) return mover_->copy(dst, src, bytes);
     const auto at = reinterpret_cast<uintptr_t>(dst) - reinterpret_cast<uintptr_t>(streamed_.data());
-    (at < streamed_.size() ? kernels_.stream : kernels_.copy)(dst, src, bytes);
+    if (at >= streamed_.size()) return kernels_.copy(dst, src, bytes);
+    kernels_.stream(dst, src, bytes);
+    kernels_.drain();
   }
   void work(const void* const* in, void* const* out) const { work_->run(in, out); }
   void set_work(const ShardWork* work) { work_ = work; }

@@ -14,6 +14,7 @@ struct Kernels {
   void (*combine[kDTypeCount][kReduceOpCount])(const CombineArgs&);  // any address, aligned or not; null: see kReduces
   void (*copy)(void* dst, const void* src, size_t bytes);            // the two do not overlap
   void (*stream)(void* dst, const void* src, size_t bytes);          // the same, past the caches
+  void (*drain)();  // what this thread has streamed comes before what it writes from now on
   // A block of kScaleBlock floats, each plus its `residual`, as 8 bits; the residual becomes what rounding has taken. Where
   // a value is not finite the scale is NaN, and the residual stays. `residual`: may be null.
   void (*quantize)(const float* values, float* residual, int8_t* elements, float* scale);

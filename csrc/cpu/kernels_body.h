@@ -83,21 +83,6 @@ void reduce_block(void* dst, const CombineArgs& a, size_t at, size_t n) {
   }
 }
 
-void stream(void* dst, const void* src, size_t bytes) {
-  size_t begin = 0, end = 0;  // of whole lines: written in part they cost more than they save
-  if constexpr (Streams::kBytes > 0) {
-    begin = -reinterpret_cast<uintptr_t>(dst) % 64;
-    if (begin > bytes) begin = 0;
-    end = bytes - (bytes - begin) % 64;
-    for (size_t i = begin; i < end; i += Streams::kBytes) {
-      Streams::store(static_cast<std::byte*>(dst) + i, static_cast<const std::byte*>(src) + i);
-    }
-    Streams::drain();
-  }
-  copy(dst, src, begin);
-  copy(static_cast<std::byte*>(dst) + end, static_cast<const std::byte*>(src) + end, bytes - end);
-}
-
 // Asks for the next block of each source while this one is worked on: the processor's own prefetcher stops at the end
 // of a page. Sources of 16 bits, half as long, are better left to it. Inlined, always: a function that only prefetches
 // is none to the compiler.
@@ -183,6 +168,7 @@ constexpr Kernels make_table() {
   Kernels table{};
   table.copy = copy;
   table.stream = stream;
+  table.drain = Streams::drain;
   table.quantize = quantize;
   table.dequantize = dequantize;
   table.isa = kIsa;

@@ -116,6 +116,7 @@ bool Inbox::read_chunk(uint64_t chunk, Step& step) {
     // Of what does not fit into the caches, with what the sender reads, nobody finds anything there.
     const bool large = 2 * letter->message.bytes > last_level_cache();
     (large ? kernels().stream : kernels().copy)(letter->at(letter->moved), buffer, bytes);
+    if (large) kernels().drain();
     p_.post(p_.mine.emptied, ++emptied_);
   }
   letter->moved += bytes;

@@ -35,7 +35,7 @@ struct Streams {
 #else
   static constexpr size_t kBytes = 0;
   static void store(void*, const void*);
-  static void drain();
+  static void drain() {}
 #endif
 };
 

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "cpu/adam.h"
+#include "cpu/kernels.h"
 #include "torch/block_list.h"
 #include "torch/errors.h"
 #include "torch/modules.h"
@@ -106,6 +107,9 @@ void adam_on_cpu(const std::vector<AdamTensor>& tensors, const AdamStep& step) {
     const float made = *t.step.mutable_data_ptr<float>() += 1;
     scalars.push_back(adam_scalars(step.settings, static_cast<uint32_t>(made), factor, kRoundingSeed));
   }
+  size_t elements = 0;
+  for (const AdamTensor& t : tensors) elements += t.param.numel();
+  const bool streams = cpu::is_large_step(elements);
   const BlockList blocks(tensors.size(), [&](size_t k) { return tensors[k].param.numel(); });
   on_torch_threads(blocks.count(), [&](size_t from, size_t to) {
     blocks.for_each(from, to, [&](size_t k, size_t begin, size_t end) {
@@ -123,9 +127,11 @@ void adam_on_cpu(const std::vector<AdamTensor>& tensors, const AdamStep& step) {
                                count,
                                t.first + begin,
                                step.stochastic,
-                               scalars[k]};
+                               scalars[k],
+                               streams};
       cpu::adam_kernels().update[static_cast<int>(t.dtype())][static_cast<int>(t.grad_dtype())](args);
     });
+    cpu::kernels().drain();
   });
 }
 
@@ -244,6 +250,7 @@ void bind_adam(py::module_& m) {
         py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
         py::arg("decoupled"), py::arg("maximize"), py::arg("stochastic"), py::arg("grad_scale"), py::arg("clip"),
         py::arg("found_inf"), py::call_guard<py::gil_scoped_release>());
+  m.def("is_large_step", &cpu::is_large_step, py::arg("elements"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("grads"), py::call_guard<py::gil_scoped_release>());
   m.def("clip_to_norm", &clip_to_norm, py::arg("sums"), py::arg("scale"), py::arg("max_norm"),
         py::call_guard<py::gil_scoped_release>());

@@ -37,10 +37,10 @@ void check_dense(const at::Tensor& t, const char* what, at::ScalarType type, siz
 
 // What every work of a bucket has: its shard, and the tensors that it must keep.
 struct BucketWork : cpu::ShardWork {
-  BucketWork(Caller& caller, const std::string& wire_name, const at::Tensor& memory) : memory(memory) {
+  BucketWork(Caller& caller, const std::string& wire_name, const at::Tensor& memory, bool streams) : memory(memory) {
     const Wire wire = parse_wire(wire_name);
     const Seat seat = caller.seat();
-    shard = {wire, seat.rank, seat.world, memory.nbytes() / unit_bytes(wire)};
+    shard = {wire, seat.rank, seat.world, memory.nbytes() / unit_bytes(wire), streams};
     check_dense(memory, "wire", memory.scalar_type(), shard.units * unit_bytes(wire) / memory.element_size());
     if (shard.units % static_cast<size_t>(seat.world) != 0) {
       throw_usage(c10::str("a bucket of ", shard.units, " units has no equal shards for ", seat.world, " ranks"));
@@ -144,7 +144,7 @@ at::Tensor in_order(const at::Tensor& grad, const at::Tensor& param) {
 }
 
 void pack_on_cpu(const std::vector<Packed>& gradients, Wire wire, const at::Tensor& memory,
-                 const std::optional<at::Tensor>& residual) {
+                 const std::optional<at::Tensor>& residual, bool streams) {
   float* const lost = residual ? residual->mutable_data_ptr<float>() : nullptr;
   void* const to = memory.mutable_data_ptr();
   const BlockList blocks(gradients.size(), [&](size_t k) { return gradients[k].count; });
@@ -154,7 +154,7 @@ void pack_on_cpu(const std::vector<Packed>& gradients, Wire wire, const at::Tens
       const DType dtype = g.grad.defined() ? *float_dtype(g.grad) : DType::kFloat32;
       const void* const grad =
           g.grad.defined() ? static_cast<const std::byte*>(g.grad.const_data_ptr()) + begin * size_of(dtype) : nullptr;
-      cpu::pack(wire, grad, dtype, g.first + begin, std::min(end, g.count) - begin, to, lost);
+      cpu::pack(wire, grad, dtype, g.first + begin, std::min(end, g.count) - begin, to, lost, streams);
     });
   });
 }
@@ -171,8 +171,8 @@ void check_vectors(const at::Tensor& t) {
 
 c10::intrusive_ptr<c10d::Work> reduce_bucket(Caller& caller, const std::string& wire, const at::Tensor& memory,
                                              const std::optional<at::Tensor>& grads, const at::Tensor& squares,
-                                             uint64_t tag, bool async) {
-  const auto work = std::make_shared<ReduceWork>(caller, wire, memory);
+                                             uint64_t tag, bool streams, bool async) {
+  const auto work = std::make_shared<ReduceWork>(caller, wire, memory, streams);
   check_dense(squares, "sum of squares", at::kDouble, 1);
   if (grads) {
     check_dense(*grads, "gradients", at::kFloat, work->shard.units * kUnit);
@@ -186,12 +186,12 @@ c10::intrusive_ptr<c10d::Work> reduce_bucket(Caller& caller, const std::string& 
       [work, call](const cpu::Communicator::Runner& run) { run(call); }, async);
 }
 
-void update_bucket(Caller& caller, const std::string& wire, const at::Tensor& memory, uint64_t tag,
+void update_bucket(Caller& caller, const std::string& wire, const at::Tensor& memory, uint64_t tag, bool streams,
                    const at::Tensor& params, const std::optional<at::Tensor>& master, const at::Tensor& exp_avg,
                    const at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& max_exp_avg_sq,
                    const at::Tensor& segments, const at::Tensor& steps, const at::Tensor& used,
                    const std::vector<AdamGroup>& groups, double factor) {
-  const auto work = std::make_shared<UpdateWork>(caller, wire, memory);
+  const auto work = std::make_shared<UpdateWork>(caller, wire, memory, streams);
   const auto dtype = float_dtype(params);
   if (!dtype) throw_unsupported(c10::str("parameters of ", params.scalar_type(), " cannot be updated"));
   check_dense(params, "parameters", params.scalar_type(), work->shard.units * kUnit);
@@ -231,7 +231,7 @@ uint64_t sample(const std::vector<std::optional<at::Tensor>>& grads) {
 void pack(const std::vector<at::Tensor>& params, const std::vector<std::optional<at::Tensor>>& grads,
           const std::vector<uint64_t>& firsts, const std::string& wire_name, const at::Tensor& memory,
           const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& factor,
-          const std::optional<at::Tensor>& found_inf) {
+          const std::optional<at::Tensor>& found_inf, bool streams) {
   const Wire wire = parse_wire(wire_name);
   const size_t units = memory.nbytes() / unit_bytes(wire);
   const at::Device device = memory.device();
@@ -262,7 +262,7 @@ void pack(const std::vector<at::Tensor>& params, const std::vector<std::optional
 #endif
   if (!device.is_cpu()) throw_unsupported(c10::str("gradients are packed on CPU and CUDA, not on ", device));
   if (factor || found_inf) throw_unsupported("packing on the CPU has no factor and looks for no infinities");
-  pack_on_cpu(gradients, wire, memory, residual);
+  pack_on_cpu(gradients, wire, memory, residual, streams);
 }
 
 void average_int8([[maybe_unused]] const at::Tensor& wires, const at::Tensor& to) {

@@ -16,18 +16,19 @@ namespace pycoll::bindings {
 // lr, beta1, beta2, eps, weight_decay, decoupled, maximize, master, amsgrad, stochastic: of a group of parameters.
 using AdamGroup = std::tuple<double, double, double, double, double, bool, bool, bool, bool, bool>;
 
-// All ranks must give a call the same `tag`.
+// All ranks must give a call the same `tag`. `streams`: on the CPU, what is written without having been read goes past the
+// caches.
 
 // The average of all ranks' wires into `grads` (fp32, of all ranks; none: only measured), and the sum of the squares of this
 // rank's shard of it into `squares` (one fp64).
 c10::intrusive_ptr<c10d::Work> reduce_bucket(Caller& caller, const std::string& wire, const at::Tensor& memory,
                                              const std::optional<at::Tensor>& grads, const at::Tensor& squares,
-                                             uint64_t tag, bool async);
+                                             uint64_t tag, bool streams, bool async);
 
 // A step of Adam by that average. `params`: the bucket's parameters. The state: fp32, of the shard. `segments`, int64
 // [n, 4], ascending: first element in the bucket, elements, first element among all parameters, group. `steps` [n]: made
 // so far; `used` [n]: whether the step updates it.
-void update_bucket(Caller& caller, const std::string& wire, const at::Tensor& memory, uint64_t tag,
+void update_bucket(Caller& caller, const std::string& wire, const at::Tensor& memory, uint64_t tag, bool streams,
                    const at::Tensor& params, const std::optional<at::Tensor>& master, const at::Tensor& exp_avg,
                    const at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& max_exp_avg_sq,
                    const at::Tensor& segments, const at::Tensor& steps, const at::Tensor& used,
@@ -41,7 +42,7 @@ uint64_t sample(const std::vector<std::optional<at::Tensor>>& grads);
 void pack(const std::vector<at::Tensor>& params, const std::vector<std::optional<at::Tensor>>& grads,
           const std::vector<uint64_t>& firsts, const std::string& wire, const at::Tensor& memory,
           const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& factor,
-          const std::optional<at::Tensor>& found_inf);
+          const std::optional<at::Tensor>& found_inf, bool streams);
 
 // Wires in 8 bits on a GPU, one after another, averaged in fp32.
 void average_int8(const at::Tensor& wires, const at::Tensor& to);

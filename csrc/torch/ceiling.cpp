@@ -1,6 +1,6 @@
 // The machine's ceilings for `pycoll bench`: the reads and writes of a two-shot all-reduce (sum), and of a copy from
-// rank to rank, with no synchronization at all; and those of a step of AdamW. The results mean nothing; the accesses
-// are those of csrc/algorithms/two_shot.h and csrc/cpu/adam_body.h.
+// rank to rank, with no synchronization at all; those of a step of AdamW, and of packing gradients. The results mean
+// nothing; the accesses are those of csrc/algorithms/two_shot.h, csrc/cpu/adam_body.h and csrc/cpu/bucket.cpp.
 #include <torch/extension.h>
 
 #include "core/partition.h"
@@ -90,6 +90,19 @@ void pipelined(const at::Tensor& x, const at::Tensor& pipe, bool sends) {
   }
 }
 
+// Past the caches; on the threads that packing would take.
+void packing(const std::vector<at::Tensor>& to, const std::vector<at::Tensor>& from) {
+  const BlockList blocks(from.size(), [&](size_t k) { return from[k].numel(); });
+  on_torch_threads(blocks.count(), [&](size_t first, size_t last) {
+    blocks.for_each(first, last, [&](size_t k, size_t begin, size_t end) {
+      const size_t size = from[k].element_size(), count = smaller(end, from[k].numel()) - begin;
+      cpu::kernels().stream(static_cast<std::byte*>(to[k].mutable_data_ptr()) + begin * size,
+                            static_cast<const std::byte*>(from[k].const_data_ptr()) + begin * size, count * size);
+    });
+    cpu::kernels().drain();
+  });
+}
+
 // Four words of an element are read and three written.
 void touch(uint32_t* a, uint32_t* b, uint32_t* c, const uint32_t* d, size_t count) {
   PYCOLL_INDEPENDENT
@@ -122,6 +135,7 @@ void bind_ceiling(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("ceiling_adam", &adam, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("ceiling_packing", &packing, py::arg("to"), py::arg("gradients"), py::call_guard<py::gil_scoped_release>());
   m.def("ceiling_pipelined", &pipelined, py::arg("x"), py::arg("pipe"), py::arg("sends"),
         py::call_guard<py::gil_scoped_release>());
 }

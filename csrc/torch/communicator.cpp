@@ -211,7 +211,7 @@ void bind_communicator(py::module_& m) {
   m.def("sample", &sample, py::call_guard<py::gil_scoped_release>());
   m.def("pack", &pack, py::arg("params"), py::arg("grads"), py::arg("firsts"), py::arg("wire"), py::arg("memory"),
         py::arg("residual"), py::arg("factor") = py::none(), py::arg("found_inf") = py::none(),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("streams") = false, py::call_guard<py::gil_scoped_release>());
   m.def("average_int8", &average_int8, py::arg("wires"), py::arg("to"), py::call_guard<py::gil_scoped_release>());
   py::class_<PyCommunicator>(m, "Communicator", "Collectives on torch tensors; see pycoll.Communicator.")
       .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, const std::string&, const cpu::Names&,

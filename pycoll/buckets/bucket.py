@@ -43,7 +43,11 @@ class Bucket:
         wire_name: the format in which gradients travel.
         wire: what peers read, in the heap; shape (size,), or bytes for int8.
         residual: what rounding to int8 took from the gradients so far, shape (size,), fp32; else None.
+        streams: on the CPU, what is written without having been read goes past the caches: a whole step, of which this
+            is a part, does not fit into them.
     """
+
+    streams = False
 
     def __init__(self, params: Sequence[Tensor], communicator: Communicator, wire_dtype: torch.dtype) -> None:
         self.params, self.communicator, self.device = list(params), communicator, params[0].device
@@ -111,6 +115,7 @@ class Bucket:
             self.wire_name,
             self.wire,
             self.residual,
+            streams=self.streams,
         )
         for param in self.params:
             param.grad = None
@@ -131,11 +136,11 @@ class Bucket:
             tag: must be the same on all ranks.
             async_op: return at once; `wait()` for the result.
         """
-        return self.communicator._impl.reduce_bucket(self.wire_name, self.wire, self.gradients, squares, tag, async_op)
+        return self._reduce(self.gradients, squares, tag, async_op)
 
     def measure(self, squares: Tensor, tag: int, *, async_op: bool) -> Waitable:
         """As `reduce`, but the average itself goes nowhere."""
-        return self.communicator._impl.reduce_bucket(self.wire_name, self.wire, None, squares, tag, async_op)
+        return self._reduce(None, squares, tag, async_op)
 
     def update(
         self,
@@ -170,6 +175,7 @@ class Bucket:
             self.wire_name,
             self.wire,
             tag,
+            self.streams,
             params,
             state.get("master_param"),
             state["exp_avg"],
@@ -180,6 +186,11 @@ class Bucket:
             used,
             [_settings(group) for group in groups],
             1.0 if clip is None else float(clip),
+        )
+
+    def _reduce(self, to: Tensor | None, squares: Tensor, tag: int, async_op: bool) -> Waitable:
+        return self.communicator._impl.reduce_bucket(
+            self.wire_name, self.wire, to, squares, tag, self.streams, async_op
         )
 
     def _is_in_wire(self, place: int, grad: Tensor) -> bool:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pycoll import _C
 from pycoll.buckets.agreement import agree, divided
 from pycoll.buckets.bucket import WIRES, Bucket, is_view
 from pycoll.buckets.device_bucket import DeviceBucket
@@ -82,6 +83,9 @@ class GradientBuckets:
             some = divided(list(reversed(self.params)), bucket_bytes, parts.copies if parts else lambda _: 1)
             kind = DeviceBucket if device.type == "cuda" else Bucket
             self.buckets = [kind(params, communicator, wire_dtype) for params in some]
+            streams = _C.is_large_step(sum(bucket.size for bucket in self.buckets))
+            for bucket in self.buckets:
+                bucket.streams = streams
         self._place = {
             param: (index, place)
             for index, bucket in enumerate(self.buckets)

@@ -83,7 +83,7 @@ Tensor make_tensor(size_t n, bool master) {
 // compared with the others.
 template <class P, class G>
 Tensor stepped(const AdamKernels& k, DType dtype, DType grad_dtype, const Tensor& t, const Rules& rules,
-               const AdamScalars& scalars, size_t shift, size_t piece) {
+               const AdamScalars& scalars, size_t shift, size_t piece, bool streams) {
   Buffer param(t.param, shift), other(t.param.size(), shift + 2), grad(t.grad, shift), master(t.master, shift),
       exp_avg(t.exp_avg, shift), exp_avg_sq(t.exp_avg_sq, shift), most(t.max_exp_avg_sq, shift);
   const size_t n = t.exp_avg.size() / sizeof(float);
@@ -103,6 +103,7 @@ Tensor stepped(const AdamKernels& k, DType dtype, DType grad_dtype, const Tensor
         .first = (uint64_t{1} << 32) - 20 + i,
         .stochastic = rules.stochastic,
         .scalars = scalars,
+        .streams = streams,
     });
   }
   CHECK(param.content() == other.content());
@@ -191,12 +192,14 @@ void check_update(DType dtype, DType grad_dtype) {
       const AdamScalars scalars = adam_scalars(rules.settings(), step, factor, 7);
       const Tensor before = make_tensor<P, G>(n, rules.master);
       const Tensor after =
-          stepped<P, G>(*cpu::adam_kernels_for("baseline"), dtype, grad_dtype, before, rules, scalars, 0, n + 1);
+          stepped<P, G>(*cpu::adam_kernels_for("baseline"), dtype, grad_dtype, before, rules, scalars, 0, n + 1, false);
       check_values<P, G>(before, after, rules, step, factor);
       for (const size_t shift : {0, 4}) CHECK((stepped_strided<P, G>(before, rules, scalars, shift) == after));
       for (const AdamKernels* k : all_kernels()) {
         for (const size_t piece : {n + 1, size_t{700}}) {
-          CHECK((stepped<P, G>(*k, dtype, grad_dtype, before, rules, scalars, 4, piece) == after));
+          for (const bool streams : {false, true}) {
+            CHECK((stepped<P, G>(*k, dtype, grad_dtype, before, rules, scalars, 4, piece, streams) == after));
+          }
         }
       }
     }

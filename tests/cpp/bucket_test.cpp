@@ -109,7 +109,8 @@ std::shared_ptr<void> packed(cpu::Communicator& comm, const Shard& shard, DType 
     const size_t half = std::min(kCounts[k], kScaleBlock);
     for (const auto& [begin, end] : {std::pair<size_t, size_t>{0, half}, {half, kCounts[k]}}) {
       const void* grad = missing ? nullptr : g.bytes.data() + begin * size_of(dtype);
-      cpu::pack(shard.wire, grad, dtype, first_of(k) + begin, end - begin, memory.get(), nullptr);
+      cpu::pack(shard.wire, grad, dtype, first_of(k) + begin, end - begin, memory.get(), nullptr,
+                /*streams=*/begin == 0);
     }
     const std::vector<float> values = decoded(shard.wire, static_cast<std::byte*>(memory.get()), shard.units);
     for (size_t i = 0; i < kCounts[k]; ++i) {
@@ -248,7 +249,7 @@ void check_buckets(int world) {
   const auto errors = run_ranks(world, small_config(), Milliseconds(60000), [](cpu::Communicator& comm) {
     for (const Wire wire : kWires) {
       for (const DType dtype : kDTypes) {
-        const Shard shard{wire, comm.rank(), comm.world(), units_for(comm.world())};
+        const Shard shard{wire, comm.rank(), comm.world(), units_for(comm.world()), /*streams=*/comm.rank() % 2 == 1};
         const std::shared_ptr<void> memory = packed(comm, shard, dtype);
         const std::shared_ptr<void> grads =
             wire == Wire::kFloat32 ? memory : comm.allocate(shard.units * kUnit * sizeof(float));
