@@ -66,7 +66,7 @@ def ddp_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future[
     if buffer.device.type != "cpu":
         raise UnsupportedError(f"pycoll: a gradient is on {buffer.device}: ddp_hook takes those on the CPU")
     ours = state.bucket_of(bucket)
-    _C.pack([buffer], [buffer], [0], ours.wire_name, ours.wire, ours.residual)
+    _C.pack([buffer], [buffer], [0], ours.wire_name, ours.wire, ours.residual, streams=ours.streams)
     work = cast(dist.Work, ours.reduce(torch.empty(1, dtype=torch.float64), bucket.index(), async_op=True))
 
     def take(reduced: torch.futures.Future[list[Tensor]]) -> Tensor:

@@ -72,6 +72,9 @@ void reduce_block(void* dst, const CombineArgs& a, size_t at, size_t n) {
     fan = 1;
   }
   const bool rounds = kWidens<T> && a.final;
+  if constexpr (kWidens<T> && Op != ReduceOp::kAvg) {
+    if (rounds && fan == 1) return narrow_block<T>(dst, static_cast<const float*>(src[0]), n);
+  }
   void* const to = rounds ? sum : dst;
   if (Op == ReduceOp::kAvg && a.final) {
     reduce_few<A, Op, Op == ReduceOp::kAvg>(to, src, fan, n, a.world);

@@ -47,8 +47,6 @@ class Bucket:
             is a part, does not fit into them.
     """
 
-    streams = False
-
     def __init__(self, params: Sequence[Tensor], communicator: Communicator, wire_dtype: torch.dtype) -> None:
         self.params, self.communicator, self.device = list(params), communicator, params[0].device
         self.wire_name = str(wire_dtype).removeprefix("torch.")
@@ -61,6 +59,7 @@ class Bucket:
         self.residual = (
             torch.zeros(self.size, dtype=torch.float32, device=self.device) if wire_dtype == torch.int8 else None
         )
+        self.streams = _C.is_large_step(self.size)
         self._gradients = self.wire if wire_dtype == torch.float32 else None
         self._gradient_views: list[Tensor] = []
         self._shapes = [(param.shape, param.stride(), param.dtype) for param in params]
