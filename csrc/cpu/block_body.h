@@ -36,14 +36,15 @@ void widen_block(float* to, const void* from, size_t n) {
 }
 
 template <class T>
-void narrow_block(void* to, const float* from, size_t n) {
+void narrow_block(void* to, const void* from, size_t n) {  // from floats
   size_t i = 0;
   if constexpr (Halves::kVector > 0 && std::is_same_v<T, Float16>) {
     for (; i + Halves::kVector <= n; i += Halves::kVector)
-      Halves::narrow(static_cast<std::byte*>(to) + i * sizeof(T), from + i);
+      Halves::narrow(static_cast<std::byte*>(to) + i * sizeof(T),
+                     static_cast<const std::byte*>(from) + i * sizeof(float));
   }
   PYCOLL_INDEPENDENT
-  for (; i < n; ++i) store(to, i, T::from_float(from[i]));
+  for (; i < n; ++i) store(to, i, T::from_float(load<float>(from, i)));
 }
 
 void copy(void* dst, const void* src, size_t bytes) {

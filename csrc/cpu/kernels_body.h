@@ -73,7 +73,7 @@ void reduce_block(void* dst, const CombineArgs& a, size_t at, size_t n) {
   }
   const bool rounds = kWidens<T> && a.final;
   if constexpr (kWidens<T> && Op != ReduceOp::kAvg) {
-    if (rounds && fan == 1) return narrow_block<T>(dst, static_cast<const float*>(src[0]), n);
+    if (rounds && fan == 1) return narrow_block<T>(dst, src[0], n);
   }
   void* const to = rounds ? sum : dst;
   if (Op == ReduceOp::kAvg && a.final) {

@@ -27,8 +27,9 @@ struct Halves {
   PYCOLL_HD static void widen(float* to, const void* from) {
     _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))));
   }
-  PYCOLL_HD static void narrow(void* to, const float* from) {
-    _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+  PYCOLL_HD static void narrow(void* to, const void* from) {
+    _mm_storeu_si128(static_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(static_cast<const float*>(from)), _MM_FROUND_TO_NEAREST_INT));
   }
 };
 struct Streams {

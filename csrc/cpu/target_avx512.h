@@ -29,9 +29,10 @@ struct Halves {
   PYCOLL_HD static void widen(float* to, const void* from) {
     _mm512_storeu_ps(to, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(from))));
   }
-  PYCOLL_HD static void narrow(void* to, const float* from) {
-    _mm256_storeu_si256(static_cast<__m256i*>(to),
-                        _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+  PYCOLL_HD static void narrow(void* to, const void* from) {
+    _mm256_storeu_si256(
+        static_cast<__m256i*>(to),
+        _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(static_cast<const float*>(from)), _MM_FROUND_TO_NEAREST_INT));
   }
 };
 struct Streams {

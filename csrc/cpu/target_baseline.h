@@ -23,7 +23,7 @@ constexpr size_t kCopyLoopFrom = 1, kCopyLoopTo = 0;  // never: memcpy is faster
 struct Halves {
   static constexpr size_t kVector = 0;
   static void widen(float*, const void*);
-  static void narrow(void*, const float*);
+  static void narrow(void*, const void*);
 };
 struct Streams {
 #ifdef __x86_64__

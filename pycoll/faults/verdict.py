@@ -142,7 +142,7 @@ class _Judgement:
             return None if fault.overruns and self._starved() else "an error without a fault"
         culprit = group.ranks[o.culprit] if group is not None and o.culprit is not None else o.culprit
         if o.error == "TimeoutError":
-            return self._problem_with_time_out(culprit, group, number)
+            return self._problem_with_time_out(culprit, group, number, o.text)
         if group is None:
             return self._problem_with_creation(o)
         if rank in self.struck and fault.kind == "close" and number == fault.group and "is closed" in o.text:
@@ -160,10 +160,10 @@ class _Judgement:
             return None
         return "not the error of this fault, nor of its consequences"
 
-    def _problem_with_time_out(self, culprit: int | None, group: Group | None, number: int) -> str | None:
+    def _problem_with_time_out(self, culprit: int | None, group: Group | None, number: int, text: str) -> str | None:
         fault = self.script.fault
         chained = group is None or sum(g.thread == group.thread for g in self.script.groups) > 1  # one holds up another
-        nobody = culprit is None and self._asks_anybody(number)
+        nobody = culprit is None and "from any rank" in text and self._asks_anybody(number)
         if not fault.overruns:
             awaited = self._awaited_anybody()
             if (nobody and number in awaited) or (awaited and chained and culprit not in self.struck):
