@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pycoll
-from pycoll import FusedAdam
+from pycoll import _C, FusedAdam
 
 SHAPES = ((), (0,), (1,), (33, 7), (5000,))
 LOW = (torch.bfloat16, torch.float16)
@@ -82,6 +82,24 @@ def test_16_bits_follow_a_master_in_fp32(dtype: torch.dtype) -> None:
     assert_close(states(mine, "master_param"), masters)
     assert all(torch.equal(p, m.to(dtype)) for p, m in zip(ours, states(mine, "master_param"), strict=True))
     assert all(m.dtype == torch.float32 for name in ("exp_avg", "exp_avg_sq") for m in states(mine, name))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_step_that_no_cache_holds_has_the_bits_of_small_ones(dtype: torch.dtype) -> None:
+    size = next(1 << k for k in itertools.count(16) if _C.is_large_step(1 << k))
+    whole = nn.Parameter(torch.randn(size).to(dtype))
+    pieces = [nn.Parameter(piece.clone()) for piece in whole.detach().split(size // 8 + 3)]
+    large, small = FusedAdam([whole]), [FusedAdam([piece]) for piece in pieces]
+    for _ in range(2):
+        whole.grad = torch.randn(size).to(dtype)
+        for piece, grad in zip(pieces, whole.grad.split(size // 8 + 3), strict=True):
+            piece.grad = grad
+        for optimizer in (large, *small):
+            optimizer.step()
+    assert torch.equal(whole, torch.cat([*pieces]))
+    for name, state in large.state[whole].items():
+        if state.dim():
+            assert torch.equal(state, torch.cat([o.state[p][name] for o, p in zip(small, pieces, strict=True)]))
 
 
 def test_without_master_small_steps_are_lost_unless_rounded_at_random() -> None:
