@@ -177,6 +177,17 @@ def test_messages_that_are_under_way(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "open: rank 0 is in recv(from any rank, tag 3, 8 bytes) since 4 s" in capsys.readouterr().out
 
 
+def test_the_peer_of_a_message_has_both_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = {"n": 1, "sequence": 0, "state": "begun", "begin_ns": 6000 * MS, "end_ns": None, "bytes": 8, "tag": 3}
+    ranks = [rank(0, [], messages=[{**message, "call": "send", "peer": 1}]), rank(1, [])]
+    ranks[0]["global_rank"], ranks[1]["global_rank"] = 0, 3
+    write(tmp_path, 0, ranks)
+    assert cli.main(["trace", str(tmp_path)]) == 0
+    assert "open: rank 0 is in send(to rank 1 (global rank 3), tag 3, 8 bytes)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_launches_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launches = [call(n, 1000 + n, 0.1, state="launched", gpu=True) for n in (1, 2, 3)]
     ranks = [rank(0, [], launches=launches), rank(1, [], launches=launches[:2])]

@@ -48,7 +48,7 @@ class Entry:
         """As errors do: "all_reduce(float32[4], sum, one_shot)"."""
         d = self.details
         if "peer" in d:
-            peer = "any rank" if d["peer"] < 0 else f"rank {d['peer']}"
+            peer = "any rank" if d["peer"] < 0 else f"rank {d['peer_number']}"
             return f"{self.call}({'to' if self.call == 'send' else 'from'} {peer}, tag {d['tag']}, {self.bytes} bytes)"
         parts = []
         if "dtype" in d:
@@ -164,29 +164,34 @@ def _merged(dumps: Sequence[tuple[Path, Any]]) -> Trace:
         int(first["unix_ns"]),
         ranks,
     )
+    for seen in first["ranks"]:
+        ranks[seen["rank"]].global_rank = seen.get("global_rank")
+    numbers = [rank.number for rank in ranks]
     for path, dump in dumps:
         ranks[dump["rank"]].file = path
         for seen in dump["ranks"]:
-            _add(ranks[seen["rank"]], seen)
+            _add(ranks[seen["rank"]], seen, numbers)
     return trace
 
 
-def _add(rank: RankTrace, seen: Mapping[str, Any]) -> None:
+def _add(rank: RankTrace, seen: Mapping[str, Any], numbers: Sequence[str]) -> None:
     rank.pid = int(seen["pid"])
-    rank.global_rank = seen.get("global_rank")
     if rank.state not in ("failed", "dead"):  # who has failed closes later, or dies
         rank.state, rank.waits_for = str(seen["state"]), seen["waits_for"]
     rank.error = rank.error or seen["error"]
     for kind in KINDS:
         known = rank.entries[kind]
         for raw in seen[kind]:
-            entry = _entry(rank.rank, raw)
+            entry = _entry(rank.rank, raw, numbers)
             if raw["n"] not in known or known[raw["n"]].end is None:
                 known[int(raw["n"])] = entry
 
 
-def _entry(rank: int, raw: Mapping[str, Any]) -> Entry:
+def _entry(rank: int, raw: Mapping[str, Any], numbers: Sequence[str]) -> Entry:
     common = ("n", "sequence", "state", "begin_ns", "end_ns", "call", "bytes")
+    details = {name: value for name, value in raw.items() if name not in common}
+    if details.get("peer", -1) >= 0:
+        details["peer_number"] = numbers[details["peer"]]
     return Entry(
         rank,
         int(raw["sequence"]),
@@ -195,5 +200,5 @@ def _entry(rank: int, raw: Mapping[str, Any]) -> Entry:
         int(raw["bytes"]),
         int(raw["begin_ns"]),
         None if raw["end_ns"] is None else int(raw["end_ns"]),
-        {name: value for name, value in raw.items() if name not in common},
+        details,
     )
