@@ -5,9 +5,47 @@
 namespace pycoll::cpu {
 namespace {
 
-// to[i] = the update of from[i], all fp32. PYCOLL_INDEPENDENT holds where `to` is `from`, too.
-template <bool kAmsgrad>
-void update_loop(void* to, const void* from, const void* grad, const AdamArgs& a, size_t at, size_t n) {
+// Elements that one array after another is gone through for. While a loop works on what lies in the cache nothing asks
+// for memory, so these turns are short enough for a processor to look past them (1024 took a quarter longer).
+constexpr size_t kTile = 128;
+static_assert(kMostGrads == kFanIn);
+
+// What loops read where the elements are of T.
+template <class T>
+using Readable = std::conditional_t<kConvertsInLoop<T>, T, float>;
+template <class T>
+using TileBuffer = float[kConvertsInLoop<T> ? 1 : kTile];
+
+// Elements at .. at+n of T for loops: where they lie, or widened into `buffer`.
+template <class T>
+const void* readable(const void* base, size_t at, size_t n, TileBuffer<T>& buffer) {
+  const auto* const elements = static_cast<const std::byte*>(base) + at * sizeof(T);
+  if constexpr (kConvertsInLoop<T>) return elements;
+  if constexpr (!kConvertsInLoop<T>) widen_block<T>(buffer, elements, n);
+  return buffer;
+}
+
+// The same of `count` arrays, as arguments of f.
+template <class T, class F>
+PYCOLL_HD void with_readable(const void* const* arrays, int count, size_t at, size_t n, F f) {
+  TileBuffer<T> buffers[kFanIn];
+  const void* places[kFanIn];
+  for (int k = 0; k < count; ++k) places[k] = readable<T>(arrays[k], at, n, buffers[k]);
+  with_sources(places, count, f);
+}
+
+// Element i of the average of arrays of T.
+template <class T, class... Rest>
+PYCOLL_HD float average(size_t i, const void* first, Rest... rest) {
+  constexpr Reduce<ReduceOp::kAvg> kAverage;
+  float sum = widen(load<T>(first, i));
+  ((sum = kAverage(sum, widen(load<T>(rest, i)))), ...);
+  return sizeof...(rest) == 0 ? sum : kAverage.finalize(sum, 1 + static_cast<int>(sizeof...(rest)));
+}
+
+// to[i] = the update of from[i], all fp32, by gradients of G. PYCOLL_INDEPENDENT holds where `to` is `from`, too.
+template <bool kAmsgrad, class G, class... Grads>
+void update_loop(void* to, const void* from, const AdamArgs& a, size_t at, size_t n, Grads... grads) {
   const AdamScalars s = a.scalars;
   float* const exp_avg = a.exp_avg + at;
   float* const exp_avg_sq = a.exp_avg_sq + at;
@@ -16,7 +54,7 @@ void update_loop(void* to, const void* from, const void* grad, const AdamArgs& a
   for (size_t i = 0; i < n; ++i) {
     AdamMoments moments{load<float>(exp_avg, i), load<float>(exp_avg_sq, i),
                         kAmsgrad ? load<float>(max_exp_avg_sq, i) : 0};
-    store(to, i, adam_update<kAmsgrad>(s, load<float>(from, i), load<float>(grad, i), moments));
+    store(to, i, adam_update<kAmsgrad>(s, load<float>(from, i), average<G>(i, grads...), moments));
     store(exp_avg, i, moments.exp_avg);
     store(exp_avg_sq, i, moments.exp_avg_sq);
     if constexpr (kAmsgrad) store(max_exp_avg_sq, i, moments.max_exp_avg_sq);
@@ -31,40 +69,36 @@ void round_block_at_random(void* to, const float* from, const AdamArgs& a, size_
   for (size_t i = 0; i < n; ++i) store(to, i, round_at_random<T>(load<float>(from, i), random_bits(key, first + i)));
 }
 
-// Elements at .. at+n as floats: where they lie, or widened into `buffer`.
-template <class T>
-const void* floats(const void* base, size_t at, size_t n, float* buffer) {
-  const auto* const elements = static_cast<const std::byte*>(base) + at * sizeof(T);
-  if constexpr (!kWidens<T>) return elements;
-  if constexpr (kWidens<T>) widen_block<T>(buffer, elements, n);
-  return buffer;
-}
-
 template <class P, class G>
-void update_block(const AdamArgs& a, size_t at, size_t n) {
-  float widened_param[kWidens<P> ? kAdamBlock : 1], widened_grad[kWidens<G> ? kAdamBlock : 1];
+void update_tile(const AdamArgs& a, size_t at, size_t n) {
+  float widened[kWidens<P> ? kTile : 1];
+  alignas(64) std::byte narrowed[kWidens<P> ? kTile * sizeof(P) : 1];
   void* const dst = static_cast<std::byte*>(a.dst[0]) + at * sizeof(P);
-  const bool has_master = kWidens<P> && a.master != nullptr;
-  const void* const from = has_master ? a.master + at : floats<P>(a.param, at, n, widened_param);
-  float* const wide = has_master ? a.master + at : widened_param;
-  void* const to = kWidens<P> ? wide : dst;
-  const void* const grad = floats<G>(a.grad, at, n, widened_grad);
-  if (a.max_exp_avg_sq != nullptr) {
-    update_loop<true>(to, from, grad, a, at, n);
-  } else {
-    update_loop<false>(to, from, grad, a, at, n);
+  const void* from = static_cast<const std::byte*>(a.param) + at * sizeof(P);
+  void *to = dst, *result = dst;
+  bool first_streams = false;
+  if constexpr (kWidens<P>) {
+    const bool has_master = a.master != nullptr;
+    if (!has_master) widen_block<P>(widened, from, n);
+    from = to = has_master ? a.master + at : widened;
+    first_streams = has_master && a.streams;
+    if (first_streams) result = narrowed;
   }
-  alignas(64) std::byte narrow[kWidens<P> ? kAdamBlock * sizeof(P) : 1];
-  const bool streams_all = kWidens<P> && has_master && a.streams;
-  void* const result = streams_all ? narrow : dst;
+  with_readable<G>(a.grads, a.grad_count, at, n, [&](auto... grads) {
+    if (a.max_exp_avg_sq != nullptr) {
+      update_loop<true, Readable<G>>(to, from, a, at, n, grads...);
+    } else {
+      update_loop<false, Readable<G>>(to, from, a, at, n, grads...);
+    }
+  });
   if constexpr (kWidens<P>) {
     if (a.stochastic) {
-      round_block_at_random<P>(result, wide, a, at, n);
+      round_block_at_random<P>(result, static_cast<const float*>(to), a, at, n);
     } else {
-      narrow_block<P>(result, wide, n);
+      narrow_block<P>(result, to, n);
     }
   }
-  for (int d = streams_all ? 0 : 1; d < a.dst_count; ++d) {
+  for (int d = first_streams ? 0 : 1; d < a.dst_count; ++d) {
     (a.streams ? stream : copy)(static_cast<std::byte*>(a.dst[d]) + at * sizeof(P), result, n * sizeof(P));
   }
 }
@@ -72,42 +106,51 @@ void update_block(const AdamArgs& a, size_t at, size_t n) {
 // No prefetching: an update reads its arrays from end to end, which processors foresee.
 template <class P, class G>
 void update(const AdamArgs& a) {
-  for (size_t at = 0; at < a.count; at += kAdamBlock) {
-    update_block<P, G>(a, at, a.count - at < kAdamBlock ? a.count - at : kAdamBlock);
+  for (size_t at = 0; at < a.count; at += kTile) {
+    update_tile<P, G>(a, at, a.count - at < kTile ? a.count - at : kTile);
   }
 }
 
-// Squares of floats are exact in fp64, and their sum cannot overflow. As many sums as make the loop fast everywhere, in
-// an order that no instruction set changes.
-PYCOLL_HD double sum_of_float_squares(const void* x, size_t n) {
-  constexpr size_t kSums = 16;
-  double sums[kSums] = {};
+// As many sums as make the loop fast everywhere, in an order that no instruction set changes. Squares of floats are
+// exact in fp64, and their sum cannot overflow.
+constexpr size_t kSums = 16;
+static_assert(kTile % kSums == 0);
+
+template <bool kStores, class T, class... Arrays>
+void measure_loop(double (&total)[kSums], float* to, size_t n, Arrays... arrays) {
+  double sums[kSums];  // which no store can change
+  for (size_t j = 0; j < kSums; ++j) sums[j] = total[j];
+  const auto add = [&](size_t i, double& sum) {
+    const float value = average<T>(i, arrays...);
+    if constexpr (kStores) store(to, i, value);
+    sum += static_cast<double>(value) * value;
+  };
   size_t i = 0;
   for (; i + kSums <= n; i += kSums) {
-    for (size_t j = 0; j < kSums; ++j) {
-      const double value = load<float>(x, i + j);
-      sums[j] += value * value;
-    }
+    PYCOLL_INDEPENDENT
+    for (size_t j = 0; j < kSums; ++j) add(i + j, sums[j]);
   }
-  for (size_t j = 0; i + j < n; ++j) {
-    const double value = load<float>(x, i + j);
-    sums[j] += value * value;
+  for (size_t j = 0; i + j < n; ++j) add(i + j, sums[j]);
+  for (size_t j = 0; j < kSums; ++j) total[j] = sums[j];
+}
+
+template <class T>
+double measure(float* to, const void* const* arrays, int count, size_t n) {
+  double sums[kSums] = {};
+  for (size_t at = 0; at < n; at += kTile) {
+    const size_t here = n - at < kTile ? n - at : kTile;
+    with_readable<T>(arrays, count, at, here, [&](auto... places) {
+      if (to != nullptr) {
+        measure_loop<true, Readable<T>>(sums, to + at, here, places...);
+      } else {
+        measure_loop<false, Readable<T>>(sums, nullptr, here, places...);
+      }
+    });
   }
   for (size_t half = kSums / 2; half > 0; half /= 2) {
     for (size_t j = 0; j < half; ++j) sums[j] += sums[j + half];
   }
   return sums[0];
-}
-
-template <class T>
-double sum_of_squares(const void* x, size_t n) {
-  float widened[kWidens<T> ? kAdamBlock : 1];
-  double sum = 0;
-  for (size_t at = 0; at < n; at += kAdamBlock) {
-    const size_t here = n - at < kAdamBlock ? n - at : kAdamBlock;
-    sum += sum_of_float_squares(floats<T>(x, at, here, widened), here);
-  }
-  return sum;
 }
 
 template <class P>
@@ -116,7 +159,7 @@ constexpr void fill_row(AdamKernels& table, DType dtype) {
   row[static_cast<int>(DType::kFloat32)] = update<P, float>;
   row[static_cast<int>(DType::kFloat16)] = update<P, Float16>;
   row[static_cast<int>(DType::kBFloat16)] = update<P, BFloat16>;
-  table.sum_of_squares[static_cast<int>(dtype)] = sum_of_squares<P>;
+  table.measure[static_cast<int>(dtype)] = measure<P>;
 }
 
 constexpr AdamKernels make_adam_table() {

@@ -11,6 +11,8 @@ constexpr size_t kBlockBytes = 4096;
 template <class T>
 constexpr size_t kBlock = kBlockBytes / sizeof(Accumulator<T>);
 
+constexpr int kFanIn = 4;  // sources that one loop reads
+
 // Any address is allowed, so no pointer to T is ever formed.
 template <class S>
 PYCOLL_HD S load(const void* base, size_t i) {
@@ -23,6 +25,26 @@ template <class S>
 PYCOLL_HD void store(void* base, size_t i, S value) {
   __builtin_memcpy(static_cast<std::byte*>(base) + i * sizeof(S), &value, sizeof(S));
 }
+
+// Calls f with the first `count` of `sources`, 1 to kFanIn of them, as arguments.
+template <class F>
+PYCOLL_HD void with_sources(const void* const* sources, int count, F f) {
+  switch (count) {
+    case 1:
+      return f(sources[0]);
+    case 2:
+      return f(sources[0], sources[1]);
+    case 3:
+      return f(sources[0], sources[1], sources[2]);
+    case kFanIn:
+      return f(sources[0], sources[1], sources[2], sources[3]);
+  }
+}
+
+// Converting BFloat16 takes so few instructions that any loop does it. Float16 is converted block by block, in loops of
+// its own, into what other loops read.
+template <class T>
+constexpr bool kConvertsInLoop = !std::is_same_v<T, Float16>;
 
 template <class T>
 void widen_block(float* to, const void* from, size_t n) {

@@ -29,19 +29,6 @@ struct Shard {
   size_t first() const { return size() * static_cast<size_t>(rank); }
 };
 
-// Averages units over the ranks, in rank order, in fp32.
-class Average {
- public:
-  Average(const Shard& shard, const void* const* wires);  // [world]
-  void operator()(size_t unit, float* to);                // [kUnit]; may be where that unit lies in a wire of floats
-
- private:
-  const Wire wire_;
-  const std::span<const void* const> wires_;
-  std::vector<const void*> sources_;
-  std::vector<float> decoded_;  // a unit of each rank, for 8 bits
-};
-
 // Units `from` to `to` of the shard, counted in it, averaged into the gradients of all ranks, or of none where out[rank] is
 // null. `squares` [shard.size()]: the sums of their squares.
 void reduce_units(const Shard& shard, const void* const* in, void* const* out, double* squares, size_t from, size_t to);

@@ -17,7 +17,7 @@ struct Kernels {
   void (*drain)();  // what this thread has streamed comes before what it writes from now on
   // A block of kScaleBlock floats, each plus its `residual`, as 8 bits; the residual becomes what rounding has taken. Where
   // a value is not finite the scale is NaN, and the residual stays. `residual`: may be null.
-  void (*quantize)(const float* values, float* residual, int8_t* elements, float* scale);
+  void (*quantize)(const void* values, float* residual, int8_t* elements, float* scale);
   void (*dequantize)(const Int8Unit& unit, float* to);
   const char* isa;  // "baseline", "avx2" or "avx512"
 };

@@ -5,8 +5,6 @@
 namespace pycoll::cpu {
 namespace {
 
-constexpr int kFanIn = 4;  // sources that one loop reads
-
 // dst[i] = first[i] op rest[i] op ...; finalized and rounded where kFinal. A destination that is a source is safe, and
 // so the compiler is told: each element is read before it is written, and no other is.
 template <class T, ReduceOp Op, bool kFinal, class... Rest>
@@ -27,16 +25,7 @@ void reduce_loop(void* dst, size_t n, int world, const void* first, Rest... rest
 // `fan` of at most kFanIn sources of T, all elements or (T being float) all accumulators.
 template <class T, ReduceOp Op, bool kFinal>
 void reduce_few(void* dst, const void* const* src, int fan, size_t n, int world) {
-  switch (fan) {
-    case 1:
-      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0]);
-    case 2:
-      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0], src[1]);
-    case 3:
-      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0], src[1], src[2]);
-    case kFanIn:
-      return reduce_loop<T, Op, kFinal>(dst, n, world, src[0], src[1], src[2], src[3]);
-  }
+  with_sources(src, fan, [&](auto... sources) { reduce_loop<T, Op, kFinal>(dst, n, world, sources...); });
 }
 
 // Elements at .. at+n of source k as accumulators: where they lie, or widened into `buffer`.
@@ -101,10 +90,8 @@ PYCOLL_HD void prefetch_block(const CombineArgs& a, size_t at) {
 
 template <class T, ReduceOp Op>
 void combine(const CombineArgs& a) {
-  // Converting BFloat16 takes so few instructions that one loop reads, adds and rounds. Float16 is converted block by
-  // block, in loops of their own.
-  constexpr bool kConvertsInLoop = std::is_same_v<T, BFloat16>;
-  const bool in_one_loop = kConvertsInLoop && a.final && a.wire_sources == 0 && a.src_count <= kFanIn;
+  constexpr bool kRoundsInLoop = kWidens<T> && kConvertsInLoop<T>;
+  const bool in_one_loop = kRoundsInLoop && a.final && a.wire_sources == 0 && a.src_count <= kFanIn;
   const size_t size = a.final ? sizeof(T) : sizeof(Accumulator<T>);
   for (size_t at = 0; at < a.count; at += kBlock<T>) {
     const size_t n = a.count - at < kBlock<T> ? a.count - at : kBlock<T>;
@@ -113,7 +100,7 @@ void combine(const CombineArgs& a) {
     if (in_one_loop) {
       const void* src[kFanIn];
       for (int k = 0; k < a.src_count; ++k) src[k] = static_cast<const std::byte*>(a.src[k]) + at * sizeof(T);
-      if constexpr (kConvertsInLoop) reduce_few<T, Op, true>(dst, src, a.src_count, n, a.world);
+      if constexpr (kRoundsInLoop) reduce_few<T, Op, true>(dst, src, a.src_count, n, a.world);
     } else {
       reduce_block<T, Op>(dst, a, at, n);
     }
@@ -121,11 +108,11 @@ void combine(const CombineArgs& a) {
   }
 }
 
-void quantize(const float* values, float* residual, int8_t* elements, float* scale) {
+void quantize(const void* values, float* residual, int8_t* elements, float* scale) {
   alignas(64) float x[kScaleBlock];
   int32_t largest_bits = 0;  // as integers magnitudes have the same order, and NaNs are above infinity
   PYCOLL_INDEPENDENT
-  for (size_t i = 0; i < kScaleBlock; ++i) x[i] = values[i] + (residual != nullptr ? residual[i] : 0);
+  for (size_t i = 0; i < kScaleBlock; ++i) x[i] = load<float>(values, i) + (residual != nullptr ? residual[i] : 0);
   for (size_t i = 0; i < kScaleBlock; ++i) {
     const int32_t bits = static_cast<int32_t>(__builtin_bit_cast(uint32_t, x[i]) & 0x7fffffff);
     largest_bits = bits > largest_bits ? bits : largest_bits;

@@ -115,12 +115,14 @@ void adam_on_cpu(const std::vector<AdamTensor>& tensors, const AdamStep& step) {
     blocks.for_each(from, to, [&](size_t k, size_t begin, size_t end) {
       const AdamTensor& t = tensors[k];
       void* const param = bytes_at(t.param, begin);
+      const void* const grad = bytes_at(t.grad, begin);
       const size_t count = std::min<size_t>(end, t.param.numel()) - begin;
       const cpu::AdamArgs args{param,
                                floats_at(t.master, begin),
                                &param,
                                1,
-                               bytes_at(t.grad, begin),
+                               &grad,
+                               1,
                                floats_at(t.exp_avg, begin),
                                floats_at(t.exp_avg_sq, begin),
                                floats_at(t.max_exp_avg_sq, begin),
@@ -142,10 +144,11 @@ at::Tensor sum_of_squares_on_cpu(const std::vector<at::Tensor>& grads) {
   on_torch_threads(blocks.count(), [&](size_t from, size_t to) {
     double* sum = &sums[from];
     blocks.for_each(from, to, [&](size_t k, size_t begin, size_t end) {
-      const auto of_block = cpu::adam_kernels().sum_of_squares[static_cast<int>(*float_dtype(grads[k]))];
+      const auto measure = cpu::adam_kernels().measure[static_cast<int>(*float_dtype(grads[k]))];
       const size_t size = grads[k].numel();
       for (; begin < end; begin += cpu::kAdamBlock) {
-        *sum++ = of_block(bytes_at(grads[k], begin), std::min(cpu::kAdamBlock, size - begin));
+        const void* const block = bytes_at(grads[k], begin);
+        *sum++ = measure(nullptr, &block, 1, std::min(cpu::kAdamBlock, size - begin));
       }
     });
   });

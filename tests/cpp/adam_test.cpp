@@ -1,5 +1,5 @@
 // cpu/adam.h: every dtype, rule and length against fp64, the same bits for all instruction sets and cuttings and from the
-// loops that GPUs run (core/adam_strided.h), sums of squares, and rounding at random.
+// loops that GPUs run (core/adam_strided.h), averages, sums of squares, and rounding at random.
 #include "cpu/adam.h"
 
 #include <algorithm>
@@ -90,12 +90,14 @@ Tensor stepped(const AdamKernels& k, DType dtype, DType grad_dtype, const Tensor
   const auto floats = [](Buffer& b, size_t i) { return reinterpret_cast<float*>(b.data()) + i; };
   for (size_t i = 0; i < n || i == 0; i += piece) {
     void* const dst[] = {param.data() + i * sizeof(P), other.data() + i * sizeof(P)};
+    const void* const piece_of_grad = grad.data() + i * sizeof(G);
     k.update[static_cast<int>(dtype)][static_cast<int>(grad_dtype)]({
         .param = dst[0],
         .master = t.master.empty() ? nullptr : floats(master, i),
         .dst = dst,
         .dst_count = 2,
-        .grad = grad.data() + i * sizeof(G),
+        .grads = &piece_of_grad,
+        .grad_count = 1,
         .exp_avg = floats(exp_avg, i),
         .exp_avg_sq = floats(exp_avg_sq, i),
         .max_exp_avg_sq = rules.amsgrad ? floats(most, i) : nullptr,
@@ -217,8 +219,9 @@ void check_updates(DType dtype) {
 float one_step(float param, float grad, const AdamSettings& settings) {
   float m = 0, v = 0;
   void* const dst[] = {&param};
+  const void* const grads[] = {&grad};
   cpu::adam_kernels().update[0][0](
-      {&param, nullptr, dst, 1, &grad, &m, &v, nullptr, 1, 0, false, adam_scalars(settings, 1, 1, 0)});
+      {&param, nullptr, dst, 1, grads, 1, &m, &v, nullptr, 1, 0, false, adam_scalars(settings, 1, 1, 0)});
   return param;
 }
 
@@ -246,13 +249,17 @@ void check_clipping() {
   CHECK_EQ(clip_to_norm(0, 1, kInfinity).factor, 1.0f);
 }
 
+double sum_of_squares(const AdamKernels& k, DType dtype, const void* x, size_t n) {
+  return k.measure[static_cast<int>(dtype)](nullptr, &x, 1, n);
+}
+
 template <class T>
 void check_squares(DType dtype) {
   for (const size_t n : kLengths) {
     const Tensor t = make_tensor<T, T>(n, false);
     long double wanted = 0;
     for (size_t i = 0; i < n; ++i) wanted += std::pow(static_cast<long double>(widen(at<T>(t.grad, i))), 2);
-    const double first = cpu::adam_kernels_for("baseline")->sum_of_squares[static_cast<int>(dtype)](t.grad.data(), n);
+    const double first = sum_of_squares(*cpu::adam_kernels_for("baseline"), dtype, t.grad.data(), n);
     CHECK(near(first, static_cast<double>(wanted), 1e-12 * static_cast<double>(wanted)));
     for (const size_t shift : {0, 2}) {
       Buffer grad(t.grad, shift);
@@ -261,7 +268,7 @@ void check_squares(DType dtype) {
       CHECK(near(sum, first, 1e-12 * first));
     }
     for (const AdamKernels* k : all_kernels()) {
-      const auto squares = k->sum_of_squares[static_cast<int>(dtype)];
+      const auto squares = [&](const void* x, size_t count) { return sum_of_squares(*k, dtype, x, count); };
       for (const size_t shift : {0, 2}) {
         Buffer grad(t.grad, shift);
         CHECK_EQ(squares(grad.data(), n), first);
@@ -278,8 +285,60 @@ void check_squares(DType dtype) {
   }
   for (const AdamKernels* k : all_kernels()) {
     const std::vector<T> large(1000, narrow<T>(sizeof(T) == 4 ? 3e38f : 6e4f));
-    CHECK(std::isfinite(k->sum_of_squares[static_cast<int>(dtype)](large.data(), large.size())));
-    CHECK_EQ(k->sum_of_squares[static_cast<int>(dtype)](nullptr, 0), 0.0);
+    CHECK(std::isfinite(sum_of_squares(*k, dtype, large.data(), large.size())));
+    CHECK_EQ(sum_of_squares(*k, dtype, nullptr, 0), 0.0);
+  }
+}
+
+// The average of several arrays, and an update by it, beside the same of what the elements give one by one.
+template <class P, class G>
+void check_averages(DType dtype, DType grad_dtype) {
+  const Rules rules{};
+  for (const size_t n : kLengths) {
+    Tensor before = make_tensor<P, G>(n, kWidens<P>);
+    const AdamScalars scalars = adam_scalars(rules.settings(), 3, 0.3, 7);
+    std::vector<Bytes> all;
+    std::vector<float> sum(n), average(n);
+    for (int count = 1; count <= cpu::kMostGrads; ++count) {
+      all.push_back(make_tensor<P, G>(n + 7 * count, false).grad);
+      for (size_t i = 0; i < n; ++i) {
+        sum[i] = count == 1 ? widen(at<G>(all[0], i)) : sum[i] + widen(at<G>(all.back(), i));
+        average[i] = count == 1 ? sum[i] : sum[i] / static_cast<float>(count);
+      }
+      before.grad = rounded<float>(average);
+      const Tensor wanted = stepped<P, float>(*cpu::adam_kernels_for("baseline"), dtype, DType::kFloat32, before, rules,
+                                              scalars, 0, n + 1, false);
+      const double squares = sum_of_squares(*cpu::adam_kernels_for("baseline"), DType::kFloat32, average.data(), n);
+      for (const AdamKernels* k : all_kernels()) {
+        for (const bool streams : {false, true}) {
+          std::vector<Buffer> arrays;
+          for (const Bytes& bytes : all) arrays.emplace_back(bytes, 4);
+          std::vector<const void*> places;
+          for (Buffer& array : arrays) places.push_back(array.data());
+          const auto measure = k->measure[static_cast<int>(grad_dtype)];
+          Buffer to(before.grad, 4);
+          std::memset(to.data(), 0xff, n * sizeof(float));
+          CHECK_EQ(measure(nullptr, places.data(), count, n), squares);
+          CHECK_EQ(measure(reinterpret_cast<float*>(to.data()), places.data(), count, n), squares);
+          CHECK(to.content() == before.grad && to.guards_intact());
+          Buffer param(before.param, 4), master(before.master, 4), m(before.exp_avg, 4), v(before.exp_avg_sq, 4);
+          const auto floats = [](Buffer& b) { return reinterpret_cast<float*>(b.data()); };
+          void* const dst[] = {param.data()};
+          k->update[static_cast<int>(dtype)][static_cast<int>(grad_dtype)](
+              {dst[0], kWidens<P> ? floats(master) : nullptr, dst, 1, places.data(), count, floats(m), floats(v),
+               nullptr, n, (uint64_t{1} << 32) - 20, false, scalars, streams});
+          CHECK(param.content() == wanted.param && master.content() == wanted.master);
+          CHECK(m.content() == wanted.exp_avg && v.content() == wanted.exp_avg_sq);
+          for (const Buffer* b : {&param, &master, &m, &v}) CHECK(b->guards_intact());
+          if constexpr (std::is_same_v<G, float>) {  // where the first of them lies
+            CHECK_EQ(measure(floats(arrays[0]), places.data(), count, n), squares);
+            CHECK(arrays[0].content().size() == all[0].size());
+            CHECK(std::memcmp(arrays[0].data(), before.grad.data(), before.grad.size()) == 0);
+          }
+          for (const Buffer& array : arrays) CHECK(array.guards_intact());
+        }
+      }
+    }
   }
 }
 
@@ -341,6 +400,10 @@ int main() {
   check_squares<float>(DType::kFloat32);
   check_squares<Float16>(DType::kFloat16);
   check_squares<BFloat16>(DType::kBFloat16);
+  check_averages<float, float>(DType::kFloat32, DType::kFloat32);
+  check_averages<float, BFloat16>(DType::kFloat32, DType::kBFloat16);
+  check_averages<BFloat16, Float16>(DType::kBFloat16, DType::kFloat16);
+  check_averages<BFloat16, BFloat16>(DType::kBFloat16, DType::kBFloat16);
   check_rounding<BFloat16>();
   check_rounding<Float16>();
   check_generator();

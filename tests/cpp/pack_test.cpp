@@ -214,8 +214,10 @@ void check_average() {
       each.push_back(wire);
     }
     std::vector<float> expected(kUnits * kUnit), found(kUnits * kUnit);
-    cpu::Average average({Wire::kInt8, 0, world, kUnits}, each.data());
-    for (size_t u = 0; u < kUnits; ++u) average(u, &expected[u * kUnit]);
+    const std::vector<void*> out(static_cast<size_t>(world), expected.data());
+    std::vector<double> squares(kUnits);
+    const cpu::Shard shard{Wire::kInt8, 0, world, kUnits * static_cast<size_t>(world)};
+    cpu::reduce_units(shard, each.data(), out.data(), squares.data(), 0, kUnits);
     on_threads(3, [&](size_t t) {
       average_int8_strided(Share{t, 3}, wires.data(), world, kUnits, found.data());
       return true;
