@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from pycoll import _C
+from pycoll.adam_state import Kept, empty_state, fitting, keep_precision
 from pycoll.buckets import measured_squares
 from pycoll.errors import UsageError
 from pycoll.fused_step import fused_step
-
-FLOAT_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
-"""State of an element, which is fp32 whatever its parameter is."""
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -206,7 +204,7 @@ class FusedAdam(torch.optim.Optimizer):
         """
         # torch would round all state to the parameter's dtype; what it does not know for a tensor it leaves alone. The
         # hook comes after those of others, which see tensors.
-        keeps = self.register_load_state_dict_pre_hook(_keep_precision)
+        keeps = self.register_load_state_dict_pre_hook(keep_precision)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -223,8 +221,8 @@ class FusedAdam(torch.optim.Optimizer):
             group["fused"], group["foreach"], group["differentiable"] = True, None, False
         for param, values in self.state.items():
             for name, value in values.items():
-                if isinstance(value, _Kept):
-                    values[name] = _fitting(name, value.tensor, param)
+                if isinstance(value, Kept):
+                    values[name] = fitting(name, value.tensor, param)
                 elif name == "step" and not isinstance(value, Tensor):
                     values[name] = torch.tensor(float(value), dtype=torch.float32, device=param.device)
 
@@ -263,33 +261,7 @@ class FusedAdam(torch.optim.Optimizer):
         wanted = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
         for name in wanted:
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
+                state[name] = empty_state(name, param).zero_()
         if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16) and "master_param" not in state:
-            state["master_param"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
+            state["master_param"] = empty_state("master_param", param).copy_(param.detach())
         return state
-
-
-class _Kept:
-    """A tensor of a state_dict that torch is not to cast."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _keep_precision(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict with its tensors hidden from torch."""
-    hidden = {
-        key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        if isinstance(values, dict)
-        else values
-        for key, values in state_dict["state"].items()
-    }
-    return {**state_dict, "state": hidden}
-
-
-def _fitting(name: str, value: Tensor, param: Tensor) -> Tensor:
-    """A copy of a state as its parameter's step wants it: fp32, on its device, in its strides."""
-    if name not in FLOAT_STATE:
-        return value.detach().to(param.device, torch.float32 if name == "step" else None, copy=True)
-    fitted = torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
-    return fitted.copy_(value.detach())

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pycoll.adam_state import FLOAT_STATE, empty_state
 from pycoll.buckets import Bucket
-from pycoll.optim import FLOAT_STATE
 
 
 class Shard:
@@ -41,8 +41,8 @@ class Shard:
         """The state `name`, fp32, of the shard's elements; new moments are zero, new masters the parameters."""
         if name not in self.state:
             own = self.memory[self.bucket.own]
-            zeros = torch.zeros(len(own), dtype=torch.float32, device=own.device)
-            self.state[name] = own.float() if name == "master_param" else zeros
+            state = empty_state(name, own)
+            self.state[name] = state.copy_(own) if name == "master_param" else state.zero_()
         return self.state[name]
 
     def masters(self, used: Tensor) -> Tensor:

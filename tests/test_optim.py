@@ -520,3 +520,20 @@ def test_gradients_and_states_that_do_not_fit() -> None:
             optimizer.step()
         optimizer.state[param][name] = kept
     optimizer.step()
+
+
+def test_large_states_begin_at_different_places_of_a_page() -> None:
+    param = torch.nn.Parameter(torch.randn(300, 400).t().to(torch.bfloat16))
+    param.grad = torch.randn_like(param)
+    optimizer = pycoll.FusedAdam([param], amsgrad=True)
+    optimizer.step()
+
+    def check() -> None:
+        states = {name: value for name, value in optimizer.state[param].items() if name != "step"}
+        assert len(states) == 4
+        assert len({state.data_ptr() % 4096 for state in states.values()}) == 4
+        assert all(state.data_ptr() % 64 == 0 and state.stride() == param.stride() for state in states.values())
+
+    check()
+    optimizer.load_state_dict(optimizer.state_dict())
+    check()

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from training import TINY, write_text
 
+from pycoll.adam_state import FLOAT_STATE
 from pycoll.models import PRESETS, GPTConfig
-from pycoll.optim import FLOAT_STATE
 from pycoll.sharded import ShardedAdam
 from pycoll.testing import Processes, Rank
 from pycoll.train import ConfigError, TrainConfig
