@@ -10,27 +10,23 @@ namespace {
 constexpr size_t kTile = 128;
 static_assert(kMostGrads == kFanIn);
 
-// What loops read where the elements are of T.
+// What loops read where elements are of T.
 template <class T>
 using Readable = std::conditional_t<kConvertsInLoop<T>, T, float>;
-template <class T>
-using TileBuffer = float[kConvertsInLoop<T> ? 1 : kTile];
 
-// Elements at .. at+n of T for loops: where they lie, or widened into `buffer`.
-template <class T>
-const void* readable(const void* base, size_t at, size_t n, TileBuffer<T>& buffer) {
-  const auto* const elements = static_cast<const std::byte*>(base) + at * sizeof(T);
-  if constexpr (kConvertsInLoop<T>) return elements;
-  if constexpr (!kConvertsInLoop<T>) widen_block<T>(buffer, elements, n);
-  return buffer;
-}
-
-// The same of `count` arrays, as arguments of f.
+// Calls f with elements at .. at+n of `count` arrays of T, Readable, as arguments: where they lie, or at most kTile of
+// them widened.
 template <class T, class F>
-PYCOLL_HD void with_readable(const void* const* arrays, int count, size_t at, size_t n, F f) {
-  TileBuffer<T> buffers[kFanIn];
+PYCOLL_HD void with_elements(const void* const* arrays, int count, size_t at, size_t n, F f) {
+  float buffers[kFanIn][kConvertsInLoop<T> ? 1 : kTile];
   const void* places[kFanIn];
-  for (int k = 0; k < count; ++k) places[k] = readable<T>(arrays[k], at, n, buffers[k]);
+  for (int k = 0; k < count; ++k) {
+    places[k] = static_cast<const std::byte*>(arrays[k]) + at * sizeof(T);
+    if constexpr (!kConvertsInLoop<T>) {
+      widen_block<T>(buffers[k], places[k], n);
+      places[k] = buffers[k];
+    }
+  }
   with_sources(places, count, f);
 }
 
@@ -84,7 +80,7 @@ void update_tile(const AdamArgs& a, size_t at, size_t n) {
     first_streams = has_master && a.streams;
     if (first_streams) result = narrowed;
   }
-  with_readable<G>(a.grads, a.grad_count, at, n, [&](auto... grads) {
+  with_elements<G>(a.grads, a.grad_count, at, n, [&](auto... grads) {
     if (a.max_exp_avg_sq != nullptr) {
       update_loop<true, Readable<G>>(to, from, a, at, n, grads...);
     } else {
@@ -137,9 +133,10 @@ void measure_loop(double (&total)[kSums], float* to, size_t n, Arrays... arrays)
 template <class T>
 double measure(float* to, const void* const* arrays, int count, size_t n) {
   double sums[kSums] = {};
-  for (size_t at = 0; at < n; at += kTile) {
-    const size_t here = n - at < kTile ? n - at : kTile;
-    with_readable<T>(arrays, count, at, here, [&](auto... places) {
+  const size_t tile = kConvertsInLoop<T> ? n : kTile;
+  for (size_t at = 0; at < n; at += tile) {
+    const size_t here = n - at < tile ? n - at : tile;
+    with_elements<T>(arrays, count, at, here, [&](auto... places) {
       if (to != nullptr) {
         measure_loop<true, Readable<T>>(sums, to + at, here, places...);
       } else {
