@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from pycoll.buckets import GradientBuckets, ModelParts
 from pycoll.communicator import Communicator
 from pycoll.errors import UsageError
-from pycoll.tuning import BUCKET_BYTES
 
 
 class DataParallel(nn.Module):
@@ -34,7 +33,7 @@ class DataParallel(nn.Module):
         communicator: Communicator | dist.ProcessGroup | None = None,
         *,
         wire_dtype: torch.dtype = torch.float32,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         broadcast_buffers: bool = True,
         parts: ModelParts | None = None,
     ) -> None:
@@ -45,7 +44,7 @@ class DataParallel(nn.Module):
             communicator: of the ranks that train together; or a process group, whose ranks make a communicator of their
                 own; None: the default group's.
             wire_dtype: how gradients travel: float32, bfloat16, float16, or int8 with error feedback.
-            bucket_bytes: of fp32 gradients, about, in a bucket.
+            bucket_bytes: see GradientBuckets.
             broadcast_buffers: before each forward pass in training that gradients follow, buffers (a BatchNorm's
                 averages) become rank 0's.
             parts: where the module is a part of a model, whose other parts lie on other ranks (tensor parallel).

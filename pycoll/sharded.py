@@ -20,7 +20,6 @@ from pycoll.communicator import Communicator
 from pycoll.errors import UnsupportedError, UsageError
 from pycoll.optim import FusedAdam
 from pycoll.sharded_state import Shard
-from pycoll.tuning import BUCKET_BYTES
 
 
 class ShardedAdam(FusedAdam):
@@ -65,7 +64,7 @@ class ShardedAdam(FusedAdam):
         buckets: GradientBuckets | None = None,
         communicator: Communicator | dist.ProcessGroup | None = None,
         wire_dtype: torch.dtype = torch.float32,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         """A call that all ranks make. State is made by the first step.
 

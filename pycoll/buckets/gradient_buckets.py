@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pycoll import _C
+from pycoll import _C, tuning
 from pycoll.buckets.agreement import agree, divided
 from pycoll.buckets.bucket import WIRES, Bucket, is_view
 from pycoll.buckets.device_bucket import DeviceBucket
@@ -19,7 +19,6 @@ from pycoll.buckets.parts import ModelParts
 from pycoll.buckets.passes import Pass, Passes, watch
 from pycoll.communicator import Communicator
 from pycoll.errors import UsageError
-from pycoll.tuning import BUCKET_BYTES
 
 watching: weakref.WeakSet[GradientBuckets] = weakref.WeakSet()
 """All that there are."""
@@ -52,7 +51,7 @@ class GradientBuckets:
         communicator: Communicator,
         *,
         wire_dtype: torch.dtype = torch.float32,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         parts: ModelParts | None = None,
     ) -> None:
         """Makes the buckets on all ranks. Their memory lies in the communicator's heap.
@@ -63,7 +62,7 @@ class GradientBuckets:
             communicator: of all ranks that train together, for these buckets alone: within a backward pass nobody else
                 calls it.
             wire_dtype: float32, bfloat16, float16 or int8.
-            bucket_bytes: of fp32 gradients, about, in a bucket.
+            bucket_bytes: of fp32 gradients, about, in a bucket; None: as tuning.bucket_bytes has it.
             parts: where these parameters are a part of a model, whose other parts lie on other ranks.
 
         Raises:
@@ -72,11 +71,13 @@ class GradientBuckets:
         """
         if wire_dtype not in WIRES:
             raise UsageError(f"pycoll: gradients travel as {', '.join(map(str, WIRES))}, not as {wire_dtype}")
-        if bucket_bytes <= 0:
+        if bucket_bytes is not None and bucket_bytes <= 0:
             raise UsageError(f"pycoll: bucket_bytes must be positive, not {bucket_bytes}")
         self.params = [param for param in dict.fromkeys(params) if param.requires_grad]
         if not self.params:
             raise UsageError("pycoll: no parameter requires a gradient")
+        if bucket_bytes is None:
+            bucket_bytes = tuning.bucket_bytes(4 * sum(param.numel() for param in self.params))
         self.communicator, self.wire_dtype, self.parts = communicator, wire_dtype, parts
         with torch.inference_mode(False), torch.no_grad():
             device = agree(self.params, communicator, wire_dtype, bucket_bytes)

@@ -11,7 +11,7 @@ from pycoll.buckets.bucket import places
 from pycoll.models.gpt import GPT
 from pycoll.models.stage import GPTStage
 from pycoll.train.config import DTYPES, TrainConfig
-from pycoll.tuning import BUCKET_BYTES
+from pycoll.tuning import bucket_bytes
 
 SPLIT = ("qkv.weight", "qkv.bias", "project.weight", "expand.weight", "expand.bias", "token.weight")
 """How the names of parameters end that tensor-parallel ranks divide (pycoll.tensor_parallel.parallelize_gpt)."""
@@ -53,12 +53,13 @@ def _make_part(model: GPT, config: TrainConfig, pp_rank: int) -> Part:
         own = torch.empty(n, dtype=DTYPES[config.dtype], device="meta")
         parameters.append(own)
         copies[own] = (1 if split else config.tp) * (2 if tied and config.pp > 1 else 1)
-    buckets = divided(parameters[::-1], BUCKET_BYTES, copies.__getitem__)
+    elements = sum(parameter.numel() for parameter in parameters)
+    buckets = divided(parameters[::-1], bucket_bytes(4 * elements), copies.__getitem__)
     return Part(
         pp_rank,
         _name(pp_rank, config),
         stages,
-        sum(parameter.numel() for parameter in parameters),
+        elements,
         [places(some, config.dp)[1] for some in buckets],
         len(parameters),
         token_rows,
