@@ -35,9 +35,10 @@ void stream_converted(DType to_dtype, std::byte* to, DType from_dtype, const std
   if (to_dtype == from_dtype) {
     kernels().stream(to, from, count * size_of(to_dtype));
   } else {
-    alignas(64) std::byte block[kUnit * sizeof(float)];
-    for (size_t at = 0; at < count; at += kUnit) {
-      const size_t n = std::min(kUnit, count - at);
+    constexpr size_t kTurn = 256;  // so few that processors read on while they are stored (see adam_body.h)
+    alignas(64) std::byte block[kTurn * sizeof(float)];
+    for (size_t at = 0; at < count; at += kTurn) {
+      const size_t n = std::min(kTurn, count - at);
       convert(to_dtype, block, from_dtype, from + at * size_of(from_dtype), n);
       kernels().stream(to + at * size_of(to_dtype), block, n * size_of(to_dtype));
     }
