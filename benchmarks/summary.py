@@ -5,6 +5,7 @@ python -m pycoll.benchmarks.summary benchmarks/results/MACHINE/all_reduce-2-rank
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,9 +16,8 @@ SIZES = tuple(kib * 1024 for kib in (1, 64, 1024, 4 * 1024, 64 * 1024, 256 * 102
 
 
 def markdown(report: Report) -> str:
-    """The table for what was timed."""
-    tables = {"collectives": collectives, "step": step, "training": training}
-    return tables.get(report.benchmark, all_reduce)(report)
+    """The table for what was timed, one of TABLES."""
+    return TABLES[report.benchmark](report)
 
 
 def collectives(report: Report) -> str:
@@ -109,5 +109,10 @@ def _us(row: Row) -> str:
     return f"{format_seconds(row.timing.median)} us"
 
 
+TABLES = {"all-reduce": all_reduce, "collectives": collectives, "step": step, "training": training}
+
 if __name__ == "__main__":
-    print(markdown(Report.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    if (benchmark := json.loads(text).get("benchmark")) not in TABLES:
+        sys.exit(f"{sys.argv[1]}: no table is made of the benchmark {benchmark!r}, but of {', '.join(TABLES)}")
+    print(markdown(Report.from_json(text)), end="")
