@@ -90,7 +90,7 @@ def launches(config: GpuBench, setting: Setting, folder: Path) -> list[tuple[Lau
     environment = {key: value for key, value in _SHARING.items() if setting.shared and key not in os.environ}
     found = []
     for peer in config.contenders:
-        words = [peer, str(folder / peer), ",".join(setting.modes), ",".join(config.algorithms)]
+        words = [peer, str(folder / peer), ",".join(setting.modes), ",".join(config.algorithms), str(setting.share)]
         command = [sys.executable, "-m", f"{__package__}.gpu_ranks", *words]
         found.append((Launch(NAMES[peer], command, environment=environment), 1 if peer == "copy" else setting.ranks))
     return found

@@ -1,6 +1,7 @@
 """A rank on a GPU: pycoll, NCCL through torch or CuPy, torch's symmetric memory, or the copy that none can beat.
 
-Arguments: which of RANKS, a file to meet in, the modes, and pycoll's algorithms; the last two separated by commas.
+Arguments: which of RANKS, a file to meet in, the modes, pycoll's algorithms (both separated by commas), and how many
+ranks share a GPU.
 """
 
 from __future__ import annotations
@@ -38,11 +39,7 @@ class Seat:
     world_size: int
     modes: tuple[str, ...]
     algorithms: tuple[str, ...]
-
-    @property
-    def shares(self) -> bool:
-        """Whether ranks share a GPU."""
-        return self.world_size > torch.cuda.device_count()
+    share: int  # ranks on a GPU, at most
 
     def serve(self, contenders: Mapping[tuple[str, str, str], Contender], facts: Callable[[], dict[str, Any]]) -> None:
         """Serves each of `contenders` (who, algorithm, memory) in all modes, eager before graph."""
@@ -82,7 +79,7 @@ def pycoll_rank(seat: Seat) -> None:
 
 def _check_sharing(seat: Seat, version: tuple[int, ...]) -> None:
     """SystemExit where ranks share a GPU and NCCL does not know how to."""
-    if seat.shares and version[:2] < SHARING_NCCL:
+    if seat.share > 1 and version[:2] < SHARING_NCCL:
         raise SystemExit(
             f"NCCL {'.'.join(map(str, version))} takes one rank a GPU: "
             f"{'.'.join(map(str, SHARING_NCCL))} or newer takes more"
@@ -172,10 +169,10 @@ def _init_nccl(seat: Seat, **options: Any) -> None:
 
 
 def copy_rank(seat: Seat) -> None:
-    """The device's own copy of as many bytes as a rank's tensor has: an all-reduce reads and writes them all."""
+    """The device's own copy of as many bytes as its ranks' tensors have: an all-reduce reads and writes them all."""
 
     def allocate(count: int, dtype: str) -> Tensor:
-        return torch.empty(2 * count, dtype=getattr(torch, dtype), device="cuda")
+        return torch.empty(2 * seat.share * count, dtype=getattr(torch, dtype), device="cuda")
 
     def bind(x: Tensor) -> Call:
         source, target = x.chunk(2)
@@ -195,12 +192,13 @@ RANKS: Mapping[str, Callable[[Seat], None]] = {
 
 def main(arguments: Iterable[str]) -> None:
     """Serves as the rank that the environment describes, on the GPU whose turn it is."""
-    which, place, modes, algorithms = arguments
+    which, place, modes, algorithms, share = arguments
     rank, world_size = int(os.environ[ranks.RANK_VARIABLE]), int(os.environ[ranks.WORLD_VARIABLE])
     torch.cuda.set_device(rank % torch.cuda.device_count())
     store = dist.FileStore(place, world_size)
     try:
-        RANKS[which](Seat(store, rank, world_size, tuple(modes.split(",")), tuple(algorithms.split(","))))
+        seat = Seat(store, rank, world_size, tuple(modes.split(",")), tuple(algorithms.split(",")), int(share))
+        RANKS[which](seat)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

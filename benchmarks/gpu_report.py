@@ -39,9 +39,14 @@ class Setting:
     free_bytes: int  # of memory, on one
 
     @property
+    def share(self) -> int:
+        """Ranks on a GPU, at most."""
+        return -(-self.ranks // self.gpus)
+
+    @property
     def shared(self) -> bool:
         """Whether ranks share a GPU. What they call cannot be captured then: they meet on the host."""
-        return self.ranks > self.gpus
+        return self.share > 1
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -49,7 +54,7 @@ class Setting:
 
     def fits(self, size: int) -> bool:
         """Whether the tensors of a run at `size` bytes fit in a GPU's memory."""
-        return _TENSORS * -(-self.ranks // self.gpus) * size < self.free_bytes
+        return _TENSORS * self.share * size < self.free_bytes
 
 
 @dataclass

@@ -25,9 +25,10 @@ def program_of(item: pytest.Item) -> Program | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that wait for a compiler come last, and before them those that train on GPUs, which take long.
 
+    First come those for which one GPU suffices, and of which a pretended one shows least: time may be short on a GPU.
     Those marked `cuda` are skipped where there is no GPU, or no build for one; `real_gpu` where it is pretended.
     """
-    items.sort(key=lambda item: (program_of(item) is not None, item.get_closest_marker("real_gpu") is not None))
+    items.sort(key=_turn)
     if _is_fake():
         _skip(items, "real_gpu", "the pretended GPUs of tests/fake_cuda have no matrix products")
     cuda = build_info()["cuda"]
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     else:
         return
     _skip(items, "cuda", missing)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+    waits, trains = program_of(item) is not None, item.get_closest_marker("real_gpu") is not None
+    return waits, trains, item.path.name != "test_local_group.py"
 
 
 def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:

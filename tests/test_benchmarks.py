@@ -427,27 +427,28 @@ def test_a_machine_without_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch, capf
 
 
 @pytest.mark.parametrize(
-    ("gpus", "wanted", "ranks", "shared", "modes"),
+    ("gpus", "wanted", "ranks", "share", "modes"),
     [
-        (1, 0, 2, True, ("eager",)),
-        (1, 3, 3, True, ("eager",)),
-        (8, 0, 8, False, ("eager", "graph")),
-        (8, 2, 2, False, ("eager", "graph")),
-        (2, 4, 4, True, ("eager",)),
+        (1, 0, 2, 2, ("eager",)),
+        (1, 3, 3, 3, ("eager",)),
+        (8, 0, 8, 1, ("eager", "graph")),
+        (8, 2, 2, 1, ("eager", "graph")),
+        (2, 4, 4, 2, ("eager",)),
+        (2, 3, 3, 2, ("eager",)),
     ],
 )
 def test_ranks_share_a_gpu_where_there_are_too_few(
-    gpus: int, wanted: int, ranks: int, shared: bool, modes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    gpus: int, wanted: int, ranks: int, share: int, modes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, gpus)
     setting = gpu.find_setting(gpu.GpuBench(ranks=wanted))
-    assert (setting.ranks, setting.shared, setting.modes) == (ranks, shared, modes)
+    assert (setting.ranks, setting.share, setting.shared, setting.modes) == (ranks, share, share > 1, modes)
     launched = gpu.launches(gpu.GpuBench(algorithms=("auto", "ring")), setting, Path("meet"))
     assert [(launch.name, count) for launch, count in launched] == [
         (name, 1 if peer == "copy" else ranks) for peer, name in gpu_report.NAMES.items()
     ]
-    assert launched[0][0].command[-4:] == ["pycoll", "meet/pycoll", ",".join(modes), "auto,ring"]
-    assert all(("NCCL_MULTI_RANK_GPU_ENABLE" in launch.environment) == shared for launch, _ in launched)
+    assert launched[0][0].command[-5:] == ["pycoll", "meet/pycoll", ",".join(modes), "auto,ring", str(share)]
+    assert all(("NCCL_MULTI_RANK_GPU_ENABLE" in launch.environment) == (share > 1) for launch, _ in launched)
     assert set(gpu_ranks.RANKS) == set(gpu_report.NAMES) and set(modes) <= set(gpu_calls.MODES)
 
 
@@ -485,14 +486,28 @@ def test_tensors_of_all_ranks_on_a_gpu_must_fit() -> None:
     assert SETTING.fits(2**29) and not SETTING.fits(2**30)
 
 
-def test_old_nccl_takes_one_rank_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    seat = gpu_ranks.Seat(torch.distributed.HashStore(), 0, 2, ("eager",), ("auto",))
+def seat(share: int) -> gpu_ranks.Seat:
+    return gpu_ranks.Seat(torch.distributed.HashStore(), 0, 2, ("eager",), ("auto",), share)
+
+
+def test_old_nccl_takes_one_rank_a_gpu() -> None:
     with pytest.raises(SystemExit, match=r"NCCL 2\.28\.9 takes one rank a GPU: 2\.30 or newer takes more"):
-        gpu_ranks._check_sharing(seat, (2, 28, 9))
-    gpu_ranks._check_sharing(seat, (2, 30, 4))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    gpu_ranks._check_sharing(seat, (2, 28, 9))
+        gpu_ranks._check_sharing(seat(share=2), (2, 28, 9))
+    gpu_ranks._check_sharing(seat(share=2), (2, 30, 4))
+    gpu_ranks._check_sharing(seat(share=1), (2, 28, 9))
+
+
+@pytest.mark.parametrize("share", [1, 3])
+def test_the_copy_moves_the_bytes_of_all_ranks_on_a_gpu(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[gpu_calls.Contender] = []
+    monkeypatch.setattr(gpu_ranks.Seat, "serve", lambda _, contenders, facts: served.extend(contenders.values()))
+    gpu_ranks.copy_rank(seat(share))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda count, dtype, device: empty(count, dtype=dtype))
+    x = served[0].allocate(100, "float32")
+    x[: x.numel() // 2], x[x.numel() // 2 :] = 1, 0
+    served[0].bind(x)()
+    assert int((x == 1).sum()) == x.numel() == 2 * 100 * share
 
 
 @pytest.mark.parametrize(

@@ -550,6 +550,20 @@ def test_make_gpu_ends_in_time(tmp_path: Path) -> None:
     assert all(step.seconds > pycoll_gpu.GRACE for step in chosen)
 
 
+def test_make_gpu_begins_with_what_one_gpu_shows_and_checks_tests_that_there_are(tmp_path: Path) -> None:
+    steps = {step.name: step for step in pycoll_gpu.steps(Path(sys.executable), tmp_path, os.environ)}
+    collect = [*steps["tests"].command, "--collect-only", "-q"]
+    done = subprocess.run(collect, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    collected = [str(ROOT / line) for line in done.stdout.splitlines() if "::" in line]
+    assert collected, done.stderr
+    of_local_group = ["test_local_group.py::" in name for name in collected]
+    assert any(of_local_group) and sorted(of_local_group, reverse=True) == of_local_group
+    for tool in ("memcheck", "synccheck"):
+        checked = [str(word) for word in steps[tool].command if "::" in str(word)]
+        assert len(checked) == 3 and set(checked) <= set(collected)
+        assert str(steps[tool].log) in map(str, steps[tool].command)
+
+
 def test_make_gpu_leaves_out_what_this_machine_cannot_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -580,7 +594,7 @@ def test_make_gpu_tells_what_went_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "there" / "results"
-    said = 'echo "$PYCOLL_CUDA $TORCH_CUDA_ARCH_LIST" > "$0/said"'
+    said = 'echo "$PYCOLL_CUDA $TORCH_CUDA_ARCH_LIST $NVCC_APPEND_FLAGS" > "$0/said"'
 
     def steps(python: Path, folder: Path, environ: dict[str, str]) -> list[pycoll_gpu.Step]:
         assert Path(environ["PATH"].split(os.pathsep)[-1]).name == "compute-sanitizer"
@@ -597,11 +611,33 @@ def test_make_gpu_tells_what_went_wrong(
     monkeypatch.setattr(pycoll_gpu, "environment", lambda folder: tmp_path / "python")
     monkeypatch.setattr(pycoll_gpu, "PLOT_NEEDS", {"absent_a": ("absent-a", "1")})
     monkeypatch.setattr(pycoll_gpu, "steps", steps)
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     assert pycoll_gpu.main(out) == 1
-    assert (out / "said").read_text() == "1 9.0\n"
+    assert (out / "said").read_text() == "1 9.0 -lineinfo --split-compile=0\n"
     told = capfd.readouterr().out
     assert "for want of absent-a, there is no plot" in told
     assert f"make gpu: second failed with status 1; third left out for want of rich; results in {out}" in told
+
+
+def test_a_step_of_make_gpu_that_checked_nothing_has_failed(tmp_path: Path) -> None:
+    """compute-sanitizer may let a program run that it did not get hold of."""
+
+    def checks(name: str, script: str) -> pycoll_gpu.Step:
+        return pycoll_gpu.Step(name, ["/bin/sh", "-c", script, tmp_path / name], 1, log=tmp_path / name)
+
+    (tmp_path / "stale").write_text(pycoll_gpu.CLEAN)
+    chosen = [
+        checks("clean", 'echo "========= ERROR SUMMARY: 0 errors" > "$0"'),
+        checks("late", 'echo "========= Error: No attachable process found." > "$0"'),
+        checks("stale", "exit 0"),
+        checks("dirty", 'echo "========= ERROR SUMMARY: 2 errors" > "$0"; exit 1'),
+    ]
+    says = "does not say 'ERROR SUMMARY: 0 errors'"
+    assert pycoll_gpu.run(chosen, {}, 60) == [
+        f"late checked nothing: {tmp_path / 'late'} {says}",
+        f"stale checked nothing: {tmp_path / 'stale'} {says}",
+        "dirty failed with status 1",
+    ]
 
 
 def test_steps_of_make_gpu_go_on_after_failures(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-// The inner loops on a GPU: the shared ones of core/combine.h for every dtype and operation, and those of the switch.
+// The inner loops on a GPU: the shared ones of core/combine.h for every dtype and operation, that of core/copy_strided.h,
+// and those of the switch.
 #pragma once
 
 #include "core/combine.h"
+#include "core/copy_strided.h"
 #include "core/dtype.h"
 
 namespace pycoll::cuda_device {
@@ -38,7 +40,7 @@ static __device__ __noinline__ void combine(const Threads& threads, DType dtype,
 }
 
 static __device__ __noinline__ void copy(const Threads& threads, void* dst, const void* src, size_t bytes) {
-  combine_loop<uint8_t, ReduceOp::kMax>(threads, {&dst, 1, &src, 1, 0, true, 1, bytes});
+  copy_strided(threads, dst, src, bytes);
 }
 
 static __device__ __noinline__ uint64_t reduce_units(DType dtype, ReduceOp op, const uint64_t* units, int count) {

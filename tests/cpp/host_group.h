@@ -10,6 +10,7 @@
 #include "core/atomic.h"
 #include "core/cell.h"
 #include "core/combine.h"
+#include "core/copy_strided.h"
 #include "core/layout.h"
 
 class HostThreadGroup {
@@ -57,11 +58,7 @@ class HostThreadExecutor {
   }
   void post(pycoll::Cell& cell, uint64_t value) { pycoll::store_release(cell.value, value); }
   void combine(const pycoll::CombineArgs& args) const { pycoll::combine_strided<T, Op>(*this, args); }
-  void copy(void* dst, const void* src, size_t bytes) const {
-    void* const dsts[] = {dst};
-    const void* const srcs[] = {src};
-    pycoll::combine_strided<uint8_t, pycoll::ReduceOp::kSum>(*this, {dsts, 1, srcs, 1, 0, true, 1, bytes});
-  }
+  void copy(void* dst, const void* src, size_t bytes) const { pycoll::copy_strided(*this, dst, src, bytes); }
   template <class Predicate>
   bool await_until(const Predicate& predicate, int) const {
     while (!predicate()) std::this_thread::yield();

@@ -8,6 +8,7 @@
 
 #include "core/atomic.h"
 #include "core/combine.h"
+#include "core/copy_strided.h"
 #include "core/layout.h"
 #include "cuda/launch.h"
 
@@ -100,7 +101,7 @@ class HostBlockExecutor {
     if (!failed_) combine_any(*this, dtype_, op_, args);
   }
   void copy(void* dst, const void* src, size_t bytes) const {
-    if (!failed_) combine_any(*this, DType::kUInt8, ReduceOp::kMax, {&dst, 1, &src, 1, 0, true, 1, bytes});
+    if (!failed_) copy_strided(*this, dst, src, bytes);
   }
   uint64_t reduce(const uint64_t* units, int count) const {
     return dispatch_any(dtype_, op_, [&](auto tag, auto o) {
