@@ -19,11 +19,25 @@ Function* find_in_driver(const char* name) {
   return error == cudaSuccess ? reinterpret_cast<Function*>(found) : nullptr;
 }
 
+// Peers' memory comes, and tensors go, while other threads may be capturing: called in this mode it spoils no capture.
 template <class Function>
-Function* driver(const char* name) {
+struct Relaxed {
+  Function* function;
+  template <class... Arguments>
+  CUresult operator()(Arguments... arguments) const {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    const CUresult result = function(arguments...);
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    return result;
+  }
+};
+
+template <class Function>
+Relaxed<Function> driver(const char* name) {
   Function* function = find_in_driver<Function>(name);
   if (function == nullptr) throw DriverError(std::string("pycoll: the CUDA driver offers no ") + name);
-  return function;
+  return {function};
 }
 
 void check(CUresult result, const char* doing) {
@@ -38,7 +52,7 @@ void check(CUresult result, const char* doing) {
 // In destructors: at the end of the process the driver may be gone, and with it what was to be given back.
 template <class Function, class... Arguments>
 void give_back(const char* name, Arguments... arguments) {
-  if (Function* function = find_in_driver<Function>(name)) (void)function(arguments...);
+  if (Function* function = find_in_driver<Function>(name)) (void)Relaxed<Function>{function}(arguments...);
 }
 #define PYCOLL_GIVE_BACK(function, ...) give_back<decltype(function)>(#function, __VA_ARGS__)
 

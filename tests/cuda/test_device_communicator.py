@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -170,6 +171,36 @@ def test_graph_is_replayed(algorithm: str) -> None:
     needs(OWN, 2)
     with Processes(_graph, 2, algorithm) as ranks:
         ranks.results(120)
+
+
+def _beside_a_capture(rank: Rank) -> None:
+    with seat(rank, OWN) as comm:
+        comm.all_reduce(torch.ones(10, device="cuda"))
+        written, graph = torch.zeros(10, device="cuda"), torch.cuda.CUDAGraph()
+        grown: list[torch.Tensor] = []
+
+        def grow() -> None:
+            torch.cuda.set_device(rank.rank)
+            grown.append(comm.empty(10_000, device="cuda"))
+            comm.all_reduce(torch.ones(1))  # on the host: the peer has sent its memory too
+            grown[0].fill_(1.0)
+            comm.all_reduce(grown[0])
+
+        with torch.cuda.graph(graph):
+            written.fill_(3.0)
+            thread = threading.Thread(target=grow)
+            thread.start()
+            thread.join()
+        graph.replay()
+        assert bool((written.cpu() == 3).all())
+        assert bool((grown[0].cpu() == rank.world_size).all())
+        del graph
+
+
+def test_memory_is_mapped_while_another_thread_captures() -> None:
+    needs(OWN, 2)
+    with Processes(_beside_a_capture, 2) as ranks:
+        ranks.results(60)
 
 
 def _no_graph(rank: Rank) -> None:
@@ -379,11 +410,14 @@ def test_memory_is_used_again_only_when_nobody_uses_it() -> None:
 
 def _late(rank: Rank, where: str) -> str:
     torch.cuda.set_device(rank.rank if where == OWN else 0)
-    comm = rank.communicator(cuda_config=SMALL, timeout=2)
     x = torch.ones(10, device="cuda")
+    x.cpu()  # beginning to use a GPU may take longer than the time-out
+    rank.say("ready")
+    rank.listen()
+    comm = rank.communicator(cuda_config=SMALL, timeout=4)
     comm.all_reduce(x)
     if rank.rank == 1:
-        time.sleep(6)
+        time.sleep(10)
         return ""
     return error_of(lambda: void(comm.all_reduce(x)))
 
@@ -392,6 +426,10 @@ def _late(rank: Rank, where: str) -> str:
 def test_late_peer_is_named(where: str) -> None:
     needs(where, 2)
     with Processes(_late, 2, where) as ranks:
+        for r in range(2):
+            assert ranks.hear(r) == "ready"
+        for r in range(2):
+            ranks.tell(r, "go")
         text = ranks.result(0, 60)
         assert text.startswith("TimeoutError") and "rank 1" in text
 

@@ -86,6 +86,11 @@ bool is_reserved(CUdeviceptr begin, size_t bytes) {
 
 using namespace fake_cuda;
 
+// As FAIL_IN_CAPTURE. Which functions of the driver may spoil a capture is written nowhere: here it is all that take, share,
+// map or give back memory.
+#define DRIVER_FAILS_IN_CAPTURE() \
+  if (const cudaError_t unsafe = unsafe_in_capture(); unsafe != cudaSuccess) return static_cast<CUresult>(unsafe)
+
 extern "C" {
 
 CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocationProp*,
@@ -95,6 +100,7 @@ CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocatio
 }
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, const CUmemAllocationProp* prop,
                      unsigned long long flags) {
+  DRIVER_FAILS_IN_CAPTURE();
   if (!aligned(bytes) || flags != 0 || prop->type != CU_MEM_ALLOCATION_TYPE_PINNED ||
       prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -114,6 +120,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, const C
   return CUDA_SUCCESS;
 }
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+  DRIVER_FAILS_IN_CAPTURE();
   std::lock_guard lock(mutex);
   drop(allocation(handle));
   return CUDA_SUCCESS;
@@ -140,6 +147,7 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void*
 
 CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHandle handle,
                                       CUmemAllocationHandleType type, unsigned long long flags) {
+  DRIVER_FAILS_IN_CAPTURE();
   const Allocation& a = *allocation(handle);
   if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR || flags != 0 || !a.shareable) return CUDA_ERROR_INVALID_VALUE;
   const int fd = fcntl(a.fd, F_DUPFD_CLOEXEC, 0);
@@ -149,6 +157,7 @@ CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHan
 }
 CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, void* shareable,
                                         CUmemAllocationHandleType type) {
+  DRIVER_FAILS_IN_CAPTURE();
   if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_INVALID_VALUE;
   const int given = static_cast<int>(reinterpret_cast<intptr_t>(shareable));
   char target[128] = {};
@@ -166,6 +175,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, vo
 }
 
 CUresult cuMemAddressReserve(CUdeviceptr* p, size_t bytes, size_t alignment, CUdeviceptr, unsigned long long flags) {
+  DRIVER_FAILS_IN_CAPTURE();
   if (!aligned(bytes) || flags != 0 || (alignment & (alignment - 1)) != 0) return CUDA_ERROR_INVALID_VALUE;
   if (alignment < kGranularity) alignment = kGranularity;
   const size_t all = bytes + alignment;
@@ -180,6 +190,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* p, size_t bytes, size_t alignment, CUd
   return CUDA_SUCCESS;
 }
 CUresult cuMemAddressFree(CUdeviceptr p, size_t bytes) {
+  DRIVER_FAILS_IN_CAPTURE();
   std::lock_guard lock(mutex);
   const auto it = reservations.find(p);
   if (it == reservations.end() || it->second != bytes || overlaps_mapping(p, bytes)) return CUDA_ERROR_INVALID_VALUE;
@@ -189,6 +200,7 @@ CUresult cuMemAddressFree(CUdeviceptr p, size_t bytes) {
 }
 CUresult cuMemMap(CUdeviceptr p, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle,
                   unsigned long long flags) {
+  DRIVER_FAILS_IN_CAPTURE();
   std::lock_guard lock(mutex);
   Allocation* a = allocation(handle);
   if (!aligned(bytes) || p % kGranularity != 0 || offset != 0 || flags != 0 || bytes > a->bytes ||
@@ -204,6 +216,7 @@ CUresult cuMemMap(CUdeviceptr p, size_t bytes, size_t offset, CUmemGenericAlloca
   return CUDA_SUCCESS;
 }
 CUresult cuMemUnmap(CUdeviceptr p, size_t bytes) {
+  DRIVER_FAILS_IN_CAPTURE();
   for (int d = 0; d < device_count(); ++d) wait_for_device(d);
   std::lock_guard lock(mutex);
   if (!is_mapped(p, bytes)) return CUDA_ERROR_INVALID_VALUE;
@@ -218,6 +231,7 @@ CUresult cuMemUnmap(CUdeviceptr p, size_t bytes) {
   return CUDA_SUCCESS;
 }
 CUresult cuMemSetAccess(CUdeviceptr p, size_t bytes, const CUmemAccessDesc* access, size_t count) {
+  DRIVER_FAILS_IN_CAPTURE();
   std::lock_guard lock(mutex);
   if (!is_mapped(p, bytes)) return CUDA_ERROR_INVALID_VALUE;
   int protection = PROT_NONE;  // of all devices together: there is one address space

@@ -1,6 +1,7 @@
 #include "torch/cuda/local_group.h"
 
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime_api.h>
 #include <torch/extension.h>
@@ -19,6 +20,7 @@ LocalGroup::LocalGroup(int world, at::Device device, const cpu::Config& config, 
                 std::to_string(world));
   }
   const c10::cuda::CUDAGuard on(device_);
+  const c10::cuda::CUDAStreamCaptureModeGuard anything(cudaStreamCaptureModeRelaxed);  // others may be capturing
   int blocks = 0;
   check_cuda(cuda_device::resident_blocks(&blocks), "asking for the number of resident blocks");
   channels_ = std::min(config.channels > 0 ? config.channels : kMostChannels, blocks / world);

@@ -160,7 +160,7 @@ at::Tensor PeerGroup::empty(at::IntArrayRef sizes, const at::TensorOptions& opti
     std::byte* block = memory_.heap()->take(static_cast<size_t>(count) * options.dtype().itemsize());
     memory_.send_new_memory();
     const auto give_back = [heap = memory_.heap()](void* p) { heap->give_back(static_cast<std::byte*>(p)); };
-    return at::from_blob(block, sizes, give_back, options.device(device_));
+    return at::from_blob(block, sizes, give_back, options.device(device_), device_);  // else torch asks whose it is
   } catch (const cuda_device::DriverError& e) {
     throw Error(ErrorKind::kError, e.what());
   }
