@@ -39,12 +39,13 @@ def fitting(name: str, value: Tensor, param: Tensor) -> Tensor:
 def empty_state(name: str, param: Tensor) -> Tensor:
     """Memory for a parameter's state, one of FLOAT_STATE: fp32, in its shape and strides, on its device.
 
-    Large arrays that begin at the same place of a page get into each other's way in a CPU's caches, where a step reads
-    them side by side; so each state begins elsewhere.
+    Large arrays that begin at the same place of a page, or a few lines of the cache apart, get into each other's way in
+    a CPU's caches, where a step reads them side by side; so each state begins at a place of its own.
     """
-    apart = 208  # floats: a fifth of a page, in whole lines of the cache
-    if param.device.type != "cpu" or param.numel() < 64 * apart:
+    page, apart = 1024, 208  # floats: `apart` is a fifth of a page, in whole lines of the cache
+    if param.device.type != "cpu" or param.numel() < 16 * page:
         return torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
-    before = apart * (1 + FLOAT_STATE.index(name))
+    memory = torch.empty(param.numel() + page, dtype=torch.float32, device=param.device)
+    before = (apart * (1 + FLOAT_STATE.index(name)) - memory.data_ptr() // 4) % page
     strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
-    return torch.empty(before + param.numel(), dtype=torch.float32)[before:].as_strided(param.size(), strides)
+    return memory.as_strided(param.size(), strides, before)

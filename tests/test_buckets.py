@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pycoll
-from pycoll import Communicator, DataParallel, FusedAdam, GradientBuckets
+from pycoll import Communicator, DataParallel, FusedAdam, GradientBuckets, tuning
 from pycoll.buckets import WIRES
 from pycoll.testing import run_threads
 
@@ -434,6 +434,7 @@ def test_ranks_with_other_models_are_told_so() -> None:
             pycoll.UnsupportedError,
             "gaps or overlaps",
         ),
+        (lambda comm: DataParallel(nn.LazyLinear(2), comm), pycoll.UnsupportedError, "lazy modules"),
         (lambda comm: copy.deepcopy(DataParallel(nn.Linear(2, 2), comm)), pycoll.UsageError, r"copy its \.module"),
         (lambda comm: pickle.dumps(DataParallel(nn.Linear(2, 2), comm)), pycoll.UsageError, r"save its state_dict"),
     ],
@@ -576,12 +577,20 @@ def test_ranks_must_divide_parameters_alike() -> None:
     assert all("bucket_bytes" in error for error in errors_of(main))
 
 
-def test_a_rank_that_cannot_is_told_why_and_leaves_none_waiting() -> None:
+def test_large_models_have_large_buckets() -> None:
+    mib = 2**20
+    assert [tuning.bucket_bytes(size * mib) // mib for size in (0, 1, 32, 48, 256, 5000)] == [4, 4, 4, 6, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("net", "why"), [(lambda: nn.Linear(3, 3).double(), "float64"), (lambda: nn.LazyLinear(3), "lazy modules")]
+)
+def test_a_rank_that_cannot_is_told_why_and_leaves_none_waiting(net: Callable[[], nn.Module], why: str) -> None:
     def main(comm: Communicator) -> None:
-        DataParallel(nn.Linear(3, 3).to(torch.float64 if comm.rank else torch.float32), comm)
+        DataParallel(net() if comm.rank else nn.Linear(3, 3), comm)
 
     first, second = errors_of(main)
-    assert "the parameters of ranks [1] differ" in first and "float64" in second
+    assert "the parameters of ranks [1] differ" in first and why in second
 
 
 def test_autograd_grad_on_one_rank_alone_is_no_pass() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pycoll
 from pycoll import _C, FusedAdam
+from pycoll.adam_state import FLOAT_STATE
 
 SHAPES = ((), (0,), (1,), (33, 7), (5000,))
 LOW = (torch.bfloat16, torch.float16)
@@ -522,18 +523,32 @@ def test_gradients_and_states_that_do_not_fit() -> None:
     optimizer.step()
 
 
-def test_large_states_begin_at_different_places_of_a_page() -> None:
+def test_large_states_begin_at_places_of_their_own_in_a_page() -> None:
     param = torch.nn.Parameter(torch.randn(300, 400).t().to(torch.bfloat16))
     param.grad = torch.randn_like(param)
     optimizer = pycoll.FusedAdam([param], amsgrad=True)
+    others = [torch.zeros(5000 * k) for k in range(1, 20)]  # so that memory begins anywhere
+    del others[::2]
     optimizer.step()
 
     def check() -> None:
         states = {name: value for name, value in optimizer.state[param].items() if name != "step"}
-        assert len(states) == 4
-        assert len({state.data_ptr() % 4096 for state in states.values()}) == 4
-        assert all(state.data_ptr() % 64 == 0 and state.stride() == param.stride() for state in states.values())
+        assert [states[name].data_ptr() % 4096 for name in FLOAT_STATE] == [832, 1664, 2496, 3328]
+        assert all(state.stride() == param.stride() for state in states.values())
 
     check()
     optimizer.load_state_dict(optimizer.state_dict())
     check()
+
+
+@pytest.mark.parametrize("size", (20, 200))
+def test_states_lie_where_parameters_do_whatever_the_default_device_is(size: int) -> None:
+    param = torch.nn.Parameter(torch.randn(size, size))
+    param.grad = torch.randn_like(param)
+    optimizer = pycoll.FusedAdam([param])
+    with torch.device("meta"):
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+    assert optimizer.state[param]["exp_avg"].device == param.device
+    assert optimizer.state[param]["exp_avg"].abs().sum() > 0

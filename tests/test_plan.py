@@ -13,15 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 from training import TINY, write_text
 
+import pycoll
 from pycoll.adam_state import FLOAT_STATE
-from pycoll.models import PRESETS, GPTConfig
+from pycoll.models import GPT, PRESETS, GPTConfig
 from pycoll.sharded import ShardedAdam
-from pycoll.testing import Processes, Rank
+from pycoll.testing import Processes, Rank, run_threads
 from pycoll.train import ConfigError, TrainConfig
 from pycoll.train.main import check, main
 from pycoll.train.measure import resident
 from pycoll.train.parallel import Parallel
 from pycoll.train.plan import RankPlan, make_plan
+from pycoll.train.planned_part import make_parts
 from pycoll.train.stop import StopRequest
 from pycoll.train.trainer import Trainer
 
@@ -234,6 +236,20 @@ def test_a_plan_makes_no_model() -> None:
     tied = PRESETS["gpt2"].d_model * math.ceil(PRESETS["gpt2"].vocab_size / 4)
     assert len(plans) == 8
     assert plans[0].part.n_parameters > tied > plans[1].part.n_parameters
+
+
+def test_planned_buckets_of_a_large_model_are_those_it_gets() -> None:
+    config = TrainConfig(dp=1, model=replace(PRESETS["nano"], n_layer=4, d_model=448, n_head=7))
+    model = GPT(config.model)
+    assert (
+        sum(param.numel() for param in model.parameters()) > 9e6
+    )  # so many that buckets are larger than of a small one
+
+    def sizes(comm: pycoll.Communicator) -> list[int]:
+        return [bucket.size for bucket in pycoll.GradientBuckets(model.parameters(), comm).buckets]
+
+    [buckets] = run_threads(sizes, 1)
+    assert buckets == make_parts(config)[0].buckets
 
 
 def test_plan_is_printed_and_no_rank_started(

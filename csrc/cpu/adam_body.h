@@ -70,15 +70,17 @@ void update_tile(const AdamArgs& a, size_t at, size_t n) {
   float widened[kWidens<P> ? kTile : 1];
   alignas(64) std::byte narrowed[kWidens<P> ? kTile * sizeof(P) : 1];
   void* const dst = static_cast<std::byte*>(a.dst[0]) + at * sizeof(P);
-  const void* from = static_cast<const std::byte*>(a.param) + at * sizeof(P);
+  const void* from = nullptr;
   void *to = dst, *result = dst;
   bool first_streams = false;
   if constexpr (kWidens<P>) {
     const bool has_master = a.master != nullptr;
-    if (!has_master) widen_block<P>(widened, from, n);
+    if (!has_master) widen_block<P>(widened, static_cast<const std::byte*>(a.param) + at * sizeof(P), n);
     from = to = has_master ? a.master + at : widened;
     first_streams = has_master && a.streams;
     if (first_streams) result = narrowed;
+  } else {
+    from = static_cast<const std::byte*>(a.param) + at * sizeof(P);
   }
   with_elements<G>(a.grads, a.grad_count, at, n, [&](auto... grads) {
     if (a.max_exp_avg_sq != nullptr) {
@@ -102,8 +104,11 @@ void update_tile(const AdamArgs& a, size_t at, size_t n) {
 // No prefetching: an update reads its arrays from end to end, which processors foresee.
 template <class P, class G>
 void update(const AdamArgs& a) {
-  for (size_t at = 0; at < a.count; at += kTile) {
-    update_tile<P, G>(a, at, a.count - at < kTile ? a.count - at : kTile);
+  // What is streamed goes in whole lines of the cache: the first tile ends where one does.
+  size_t tile = a.streams ? -reinterpret_cast<uintptr_t>(a.dst[0]) % 64 / sizeof(P) : 0;
+  if (tile == 0) tile = kTile;
+  for (size_t at = 0; at < a.count; at += tile, tile = kTile) {
+    update_tile<P, G>(a, at, a.count - at < tile ? a.count - at : tile);
   }
 }
 

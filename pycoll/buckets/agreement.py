@@ -16,7 +16,7 @@ from pycoll.errors import UnsupportedError, UsageError
 
 
 def agree(
-    params: Sequence[Tensor], communicator: Communicator, wire_dtype: torch.dtype, bucket_bytes: int
+    params: Sequence[Tensor], communicator: Communicator, wire_dtype: torch.dtype, bucket_bytes: int | None
 ) -> torch.device:
     """Where the parameters lie; for all ranks alike, unless they differ (B1) or this one cannot do them.
 

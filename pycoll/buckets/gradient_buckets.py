@@ -76,11 +76,11 @@ class GradientBuckets:
         self.params = [param for param in dict.fromkeys(params) if param.requires_grad]
         if not self.params:
             raise UsageError("pycoll: no parameter requires a gradient")
-        if bucket_bytes is None:
-            bucket_bytes = tuning.bucket_bytes(4 * sum(param.numel() for param in self.params))
         self.communicator, self.wire_dtype, self.parts = communicator, wire_dtype, parts
         with torch.inference_mode(False), torch.no_grad():
             device = agree(self.params, communicator, wire_dtype, bucket_bytes)
+            if bucket_bytes is None:
+                bucket_bytes = tuning.bucket_bytes(4 * sum(param.numel() for param in self.params))
             some = divided(list(reversed(self.params)), bucket_bytes, parts.copies if parts else lambda _: 1)
             kind = DeviceBucket if device.type == "cuda" else Bucket
             self.buckets = [kind(params, communicator, wire_dtype) for params in some]
