@@ -86,8 +86,8 @@ bool is_reserved(CUdeviceptr begin, size_t bytes) {
 
 using namespace fake_cuda;
 
-// As FAIL_IN_CAPTURE. Which functions of the driver may spoil a capture is written nowhere: here it is all that take, share,
-// map or give back memory.
+// As FAIL_IN_CAPTURE. Which functions of the driver may spoil a capture is written nowhere: here it is those that share
+// memory or give it back. Taking and mapping it spoils none: torch's expandable segments grow while they are captured.
 #define DRIVER_FAILS_IN_CAPTURE() \
   if (const cudaError_t unsafe = unsafe_in_capture(); unsafe != cudaSuccess) return static_cast<CUresult>(unsafe)
 
@@ -100,7 +100,6 @@ CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocatio
 }
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, const CUmemAllocationProp* prop,
                      unsigned long long flags) {
-  DRIVER_FAILS_IN_CAPTURE();
   if (!aligned(bytes) || flags != 0 || prop->type != CU_MEM_ALLOCATION_TYPE_PINNED ||
       prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -175,7 +174,6 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, vo
 }
 
 CUresult cuMemAddressReserve(CUdeviceptr* p, size_t bytes, size_t alignment, CUdeviceptr, unsigned long long flags) {
-  DRIVER_FAILS_IN_CAPTURE();
   if (!aligned(bytes) || flags != 0 || (alignment & (alignment - 1)) != 0) return CUDA_ERROR_INVALID_VALUE;
   if (alignment < kGranularity) alignment = kGranularity;
   const size_t all = bytes + alignment;
@@ -200,7 +198,6 @@ CUresult cuMemAddressFree(CUdeviceptr p, size_t bytes) {
 }
 CUresult cuMemMap(CUdeviceptr p, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle,
                   unsigned long long flags) {
-  DRIVER_FAILS_IN_CAPTURE();
   std::lock_guard lock(mutex);
   Allocation* a = allocation(handle);
   if (!aligned(bytes) || p % kGranularity != 0 || offset != 0 || flags != 0 || bytes > a->bytes ||
@@ -231,7 +228,6 @@ CUresult cuMemUnmap(CUdeviceptr p, size_t bytes) {
   return CUDA_SUCCESS;
 }
 CUresult cuMemSetAccess(CUdeviceptr p, size_t bytes, const CUmemAccessDesc* access, size_t count) {
-  DRIVER_FAILS_IN_CAPTURE();
   std::lock_guard lock(mutex);
   if (!is_mapped(p, bytes)) return CUDA_ERROR_INVALID_VALUE;
   int protection = PROT_NONE;  // of all devices together: there is one address space
