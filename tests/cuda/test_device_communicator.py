@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from places import ALONE, OWN, SHARED, needs
+from places import ALONE, OWN, SHARED, beside_a_capture, needs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pycoll
@@ -176,7 +175,6 @@ def test_graph_is_replayed(algorithm: str) -> None:
 def _beside_a_capture(rank: Rank) -> None:
     with seat(rank, OWN) as comm:
         comm.all_reduce(torch.ones(10, device="cuda"))
-        written, graph = torch.zeros(10, device="cuda"), torch.cuda.CUDAGraph()
         grown: list[torch.Tensor] = []
 
         def grow() -> None:
@@ -186,15 +184,8 @@ def _beside_a_capture(rank: Rank) -> None:
             grown[0].fill_(1.0)
             comm.all_reduce(grown[0])
 
-        with torch.cuda.graph(graph):
-            written.fill_(3.0)
-            thread = threading.Thread(target=grow)
-            thread.start()
-            thread.join()
-        graph.replay()
-        assert bool((written.cpu() == 3).all())
+        beside_a_capture(grow)
         assert bool((grown[0].cpu() == rank.world_size).all())
-        del graph
 
 
 def test_memory_is_mapped_while_another_thread_captures() -> None:
@@ -417,7 +408,7 @@ def _late(rank: Rank, where: str) -> str:
     comm = rank.communicator(cuda_config=SMALL, timeout=4)
     comm.all_reduce(x)
     if rank.rank == 1:
-        time.sleep(10)
+        rank.listen()
         return ""
     return error_of(lambda: void(comm.all_reduce(x)))
 
@@ -431,6 +422,7 @@ def test_late_peer_is_named(where: str) -> None:
         for r in range(2):
             ranks.tell(r, "go")
         text = ranks.result(0, 60)
+        ranks.tell(1, "go")
         assert text.startswith("TimeoutError") and "rank 1" in text
 
 
