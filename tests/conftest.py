@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiled import Compiled, Program, missing
-from leaks import held_segments, native_threads
+from leaks import held_segments, native_threads, native_threads_left
 
 from pycoll._build import build_info
 
@@ -86,4 +86,4 @@ def leaves_nothing() -> Iterator[None]:
     yield
     assert held_segments() == []
     assert set(threading.enumerate()) <= threads
-    assert native_threads() <= count, "a native thread is left"
+    assert native_threads_left(count) == 0

@@ -1,6 +1,7 @@
 """What pycoll could leave behind in a process."""
 
 import gc
+import time
 from pathlib import Path
 
 
@@ -21,6 +22,14 @@ def held_segments() -> list[str]:
 def native_threads() -> int:
     """Threads of this process, Python's and others."""
     return len(list(Path("/proc/self/task").iterdir()))
+
+
+def native_threads_left(before: int, seconds: float = 10) -> int:
+    """How many there are beyond `before`; those that were joined are still listed for a moment, which they may have."""
+    deadline = time.monotonic() + seconds
+    while native_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return max(0, native_threads() - before)
 
 
 def descriptors() -> int:
