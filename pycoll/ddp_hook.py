@@ -1,5 +1,6 @@
 """pycoll.ddp_hook: torch's DistributedDataParallel with pycoll's wire formats."""
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -38,6 +39,7 @@ class WireState:
             communicator if isinstance(communicator, Communicator) else Communicator.from_group(communicator)
         )
         self._buckets: dict[int, tuple[list[int], Bucket]] = {}
+        self._loaded: dict[str, Tensor] = {}
 
     def bucket_of(self, bucket: dist.GradBucket) -> Bucket:
         """Ours for one of DDP's, which divides parameters anew after its first step."""
@@ -46,7 +48,24 @@ class WireState:
         if known is None or known[0] != params:
             known = params, Bucket([bucket.buffer()], self.communicator, self.wire_dtype)
             self._buckets[bucket.index()] = known
+            residual, name = known[1].residual, f"ddp.{bucket.index()}"
+            if residual is not None and name in self._loaded and self._loaded[name].shape == residual.shape:
+                residual.copy_(self._loaded.pop(name))
         return known[1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As GradientBuckets.state_dict, but "ddp.I" of each bucket of DDP's; before the first step what was loaded."""
+        kept = {f"ddp.{index}": bucket.residual for index, (_, bucket) in sorted(self._buckets.items())}
+        return {name: residual for name, residual in (kept or self._loaded).items() if residual is not None}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """As GradientBuckets.load_state_dict, for the buckets to come.
+
+        DDP divides parameters anew after its first backward pass: register the hook after it, and the buckets to come
+        are those that were saved.
+        """
+        self._buckets.clear()
+        self._loaded = dict(state_dict)
 
 
 def ddp_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -264,6 +264,39 @@ def test_what_rounding_takes_is_added_to_the_next() -> None:
         assert error.abs().max() < 1.5 / 127 / 100
 
 
+def test_what_rounding_takes_goes_with_a_state_dict() -> None:
+    def main(comm: Communicator) -> None:
+        param = nn.Parameter(torch.zeros(512))
+        grad = torch.linspace(-1, 1, 512) * (comm.rank + 1)
+
+        def averages(buckets: GradientBuckets, steps: int) -> list[Tensor]:
+            found = []
+            for _ in range(steps):
+                buckets.forget()
+                (param * grad).sum().backward()
+                assert param.grad is not None
+                found.append(param.grad.clone())
+            buckets.close()
+            return found
+
+        straight = averages(GradientBuckets([param], comm, wire_dtype=torch.int8), 6)
+        saved = GradientBuckets([param], comm, wire_dtype=torch.int8)
+        averages(saved, 3)
+        state = {name: residual.clone() for name, residual in saved.state_dict().items()}
+        assert [(name, residual.shape) for name, residual in state.items()] == [
+            ("residual.0", (1024 * comm.world_size,))
+        ]
+        for loaded, begins in ((state, 3), ({}, 0), ({"residual.0": torch.ones(3)}, 0)):
+            again = GradientBuckets([param], comm, wire_dtype=torch.int8)
+            again.state_dict()["residual.0"].fill_(9.0)
+            again.load_state_dict(loaded)
+            assert all(map(torch.equal, averages(again, 3), straight[begins : begins + 3]))
+        assert not torch.equal(straight[0], straight[3]), "else this shows nothing"
+        assert GradientBuckets([param], comm).state_dict() == {}
+
+    run_threads(main, 2)
+
+
 def test_norm_is_measured_while_averaging() -> None:
     def main(comm: Communicator) -> None:
         net = make_net()

@@ -103,12 +103,8 @@ def test_sharded_and_fused_end_with_the_same_bits(way: tuple[str, str], trained:
 
 
 def test_resumed_runs_end_where_straight_ones_did(trained: list[dict[Way, Trained]]) -> None:
-    ended = {way: each[way].differing for each in trained for way in WAYS if way[2] != "int8"}
-    assert [way for way, names in ended.items() if names] == []
-
-
-def test_int8_resumes_without_what_it_had_rounded_away(trained: list[dict[Way, Trained]]) -> None:
-    assert all(each["sharded", "float32", "int8"].differing for each in trained), "else: say so in --help"
+    """Those with int8 also need what each rank had rounded away."""
+    assert [way for each in trained for way in WAYS if each[way].differing] == []
 
 
 @pytest.mark.parametrize("resumed_by", OPTIMIZERS)

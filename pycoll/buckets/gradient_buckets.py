@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -208,6 +208,22 @@ class GradientBuckets:
             raise UsageError("pycoll: these buckets are another ShardedAdam's: one optimizer updates all of them")
         self._owner = weakref.ref(owner)
         self.everywhere = self.measures = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What rounding to int8 took from this rank's gradients so far, and the next ones get back; live, no collective
+        call.
+
+        Returns:
+            "residual.I" of each bucket, shape (size,), fp32; nothing with another wire.
+        """
+        residuals = enumerate(bucket.residual for bucket in self.buckets)
+        return {f"residual.{i}": residual for i, residual in residuals if residual is not None}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Takes over this rank's. A residual that is missing, or of a bucket of another size, counts as zero."""
+        for name, residual in self.state_dict().items():
+            saved = state_dict.get(name)
+            residual.copy_(saved if saved is not None and saved.shape == residual.shape else torch.zeros(()))
 
     def close(self) -> None:
         """Stops watching. Gradients that lie in the buckets stay usable; the communicator stays open."""

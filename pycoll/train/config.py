@@ -61,14 +61,12 @@ class TrainConfig:
     """Of weights and activations. 16-bit weights have fp32 masters; --optimizer torch has fp32 weights and autocast.
     With float16 the loss is scaled, so that small gradients count, and steps whose gradients overflow are skipped."""
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-    """How gradients travel. What int8 rounds away is added to the next step's gradients; a checkpoint does not hold it,
-    so that a resumed run differs by that much from one that never stopped."""
+    """How gradients travel. What int8 rounds away is added to the next step's gradients."""
     sync: Literal["step", "local", "diloco", "async"] = "step"
     """When ranks meet: at each step, to average gradients; local, every --every steps, to average weights (local SGD);
     diloco, then too, for a step by how far they have come (DiLoCo); async, never, as each serves a part of the weights.
     All but step train as --optimizer fused, show rank 0's loss between meetings, and stop when asked at the next one
-    (async: at the next evaluation or checkpoint). A checkpoint of local and diloco holds rank 0's moments, and of
-    what int8 has rounded away rank 0's, so that several ranks resumed differ by that from a run that never stopped."""
+    (async: at the next evaluation or checkpoint)."""
     every: int = 50
     """Steps between meetings of --sync local and diloco."""
     staleness: int = 2

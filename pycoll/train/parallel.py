@@ -1,7 +1,7 @@
 """How ranks train one model together: who has which part, who averages and updates, and in which dtypes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -81,9 +81,18 @@ class Parallel(ABC):
         """What a checkpoint holds besides the weights and the optimizer's state, by name; no collective call."""
         return {}
 
-    def take_up(self, tensors: Tensors, step: int) -> None:
-        """From a checkpoint after `step` steps, whose weights and optimizer's state are loaded: the rest."""
-        return
+    def own_state(self) -> dict[str, Tensor]:
+        """What this rank alone knows, by name, for a run that goes on with as many of each kind."""
+        return {} if self.buckets is None else self.buckets.state_dict()
+
+    def take_up(self, tensors: Tensors, own: Mapping[str, Tensor], step: int) -> None:
+        """From a checkpoint after `step` steps, whose weights and optimizer's state are loaded: the rest.
+
+        Args:
+            own: what `own_state` was, if the mix of ranks is the same.
+        """
+        if self.buckets is not None:
+            self.buckets.load_state_dict(own)
 
     def agrees(self, step: int) -> bool:
         """Whether the ranks tell one another, after so many steps, their losses and whether to stop."""
@@ -239,7 +248,8 @@ class TorchParallel(WholeModel):
         self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(**adam_settings(model, config), fused=True)
         self.autocast = DTYPES[config.dtype] if config.dtype != "float32" else None
-        self._wire = DTYPES[config.wire_dtype]
+        wire = DTYPES[config.wire_dtype]
+        self._hook = WireState(wire) if wire != torch.float32 else None
 
     def settle(self, batch: Batch) -> None:
         """Lets DDP sort its buckets before the first step rather than after it.
@@ -249,8 +259,15 @@ class TorchParallel(WholeModel):
         """
         self._loss(batch).backward()
         self.optimizer.zero_grad()
-        if self._wire != torch.float32:
-            self.model.register_comm_hook(WireState(self._wire), ddp_hook)
+        if self._hook is not None:
+            self.model.register_comm_hook(self._hook, ddp_hook)
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {} if self._hook is None else self._hook.state_dict()
+
+    def take_up(self, tensors: Tensors, own: Mapping[str, Tensor], step: int) -> None:
+        if self._hook is not None:
+            self._hook.load_state_dict(own)
 
     def waiting_share(self) -> float | None:
         """As DDP samples it."""

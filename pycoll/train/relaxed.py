@@ -1,10 +1,12 @@
 """Ranks that train one model together without waiting for one another at every step; `pycoll.relaxed` does the work."""
 
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from pycoll.adam_state import FLOAT_STATE
 from pycoll.checkpoint import Tensors
 from pycoll.optim import FusedAdam
 from pycoll.relaxed import DiLoCo, LocalSGD, ParameterServer
@@ -15,8 +17,9 @@ from pycoll.train.optimization import adam_settings
 from pycoll.train.parallel import WholeModel, compile_blocks
 from pycoll.train.task import Task
 
-OUTER = "outer."
+OUTER, MOMENTUM, RESIDUAL = "outer.", "momentum", "residual"
 """What the names of DiLoCo's tensors in a checkpoint begin with: whoever trains otherwise does not read them."""
+SCALER, SCALER_STATE = "scaler", ("scale", "_growth_tracker")
 
 
 class _BareModel(WholeModel):
@@ -35,7 +38,8 @@ class _BareModel(WholeModel):
 class PeriodicParallel(_BareModel):
     """Ranks clip and step alone, and meet every so many steps: local SGD, or DiLoCo.
 
-    They evaluate and save at meetings, where rank 0's moments, scaler and residual stand for all.
+    They evaluate and save at meetings, when their weights are the same. Moments, scaler and residual are each rank's
+    own; where another number of ranks goes on, all have rank 0's moments and scaler.
     """
 
     def __init__(self, model: nn.Module, task: Task, mesh: Mesh) -> None:
@@ -54,26 +58,35 @@ class PeriodicParallel(_BareModel):
         return norm
 
     def extra_state(self) -> dict[str, Tensor]:
-        """DiLoCo's outer momentum and residual. Its anchors are the weights themselves, since ranks have just met."""
-        names = self._names()
-        return {
-            f"{OUTER}{names[place]}.{key}": value
-            for place, values in self._meetings.state_dict()["state"].items()
-            for key, value in values.items()
-            if key != "anchor"
-        }
+        """DiLoCo's outer momentum. Its anchors are the weights themselves, since ranks have just met."""
+        return {f"{OUTER}{name}.{MOMENTUM}": values[MOMENTUM] for name, values in self._outer() if MOMENTUM in values}
 
-    def take_up(self, tensors: Tensors, step: int) -> None:
+    def own_state(self) -> dict[str, Tensor]:
+        """What int8 has rounded away; and of all ranks but the first, whose are the run's, moments and scaler."""
+        own = {f"{OUTER}{name}.{RESIDUAL}": values[RESIDUAL] for name, values in self._outer() if RESIDUAL in values}
+        if self.mesh.dp_rank > 0:
+            for place, values in self.optimizer.state_dict()["state"].items():
+                moments = {key: value for key, value in values.items() if key != "master_param"}  # the same on all
+                own |= {f"{place}.{key}": value for key, value in moments.items()}
+            if self.scaler.is_enabled():
+                scaler = self.scaler.state_dict()
+                own[SCALER] = torch.tensor([scaler[key] for key in SCALER_STATE], dtype=torch.float64)
+        return own
+
+    def take_up(self, tensors: Tensors, own: Mapping[str, Tensor], step: int) -> None:
         """As Parallel.take_up; outer state begins anew where the checkpoint is of a run without."""
+        if self.mesh.dp_rank > 0:
+            self._take_up_moments(own)
         stored = set(tensors.names())
         parameters = state.named_parameters(self.modules)
         outer: dict[int, dict[str, Tensor]] = {}
         for place, name in enumerate(self._names()):
             parameter = parameters[name]
             outer[place] = {"anchor": self.optimizer.state.get(parameter, {}).get("master_param", parameter)}
-            for key in ("momentum", "residual"):
-                if (saved := f"{OUTER}{name}.{key}") in stored:
-                    outer[place][key] = tensors[saved]
+            if (saved := f"{OUTER}{name}.{MOMENTUM}") in stored:
+                outer[place][MOMENTUM] = tensors[saved]
+            if (saved := f"{OUTER}{name}.{RESIDUAL}") in own:
+                outer[place][RESIDUAL] = own[saved]
         self._meetings.load_state_dict({"steps": step, "met": step, "state": outer})
 
     def agrees(self, step: int) -> bool:
@@ -83,6 +96,29 @@ class PeriodicParallel(_BareModel):
     def meet(self) -> None:
         """As Parallel.meet; between meetings only after the last step."""
         self._meetings.synchronize()
+
+    def _take_up_moments(self, own: Mapping[str, Tensor]) -> None:
+        """This rank's in place of rank 0's, which the checkpoint has as the run's; no other run has the former."""
+        before = self.optimizer.state_dict()
+        moments = {
+            place: {key: own[f"{place}.{key}"] for key in ("step", *FLOAT_STATE) if f"{place}.{key}" in own}
+            for place in range(len(self._names()))
+        }
+        if SCALER not in own and not any(moments.values()):
+            return
+        for place, values in before["state"].items():
+            if "master_param" in values:
+                moments[place]["master_param"] = values["master_param"]
+        self.optimizer.load_state_dict({**before, "state": {place: some for place, some in moments.items() if some}})
+        if SCALER in own and self.scaler.is_enabled():
+            scaler = dict(zip(SCALER_STATE, own[SCALER].tolist(), strict=True))
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **scaler})
+
+    def _outer(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What the outer optimizer keeps, with the name of the parameter."""
+        names = self._names()
+        for place, values in self._meetings.state_dict()["state"].items():
+            yield names[place], values
 
     def _names(self) -> list[str]:
         """Of the parameters, by their places."""

@@ -5,7 +5,7 @@ has written. The state is torch.optim.AdamW's with the fp32 masters of 16-bit we
 and ShardedAdam takes it up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from pycoll.checkpoint import Tensors
 from pycoll.tensor_parallel import merge_tensor, split_tensor
 from pycoll.train.mesh import Mesh
 
-MODEL, OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER, OWN = "model.", "optimizer.", "own."
 
 
 class Keeper(Protocol):
@@ -51,8 +51,8 @@ def gather(modules: Sequence[nn.Module], optimizer: Keeper, mesh: Mesh) -> dict[
         whole = _merge(owners.get(name), tensor)
         if keeps:
             merged[name] = whole.cpu()  # one by one: a GPU need not have room for the whole model
-    if mesh.pp > 1 and keeps:
-        merged = _of_all_stages(merged, mesh)
+    if mesh.pp > 1 and keeps:  # the tied matrix comes twice, the same
+        merged = {name: tensor for stage in _on_first(merged, mesh.pp_group) for name, tensor in stage.items()}
     return merged if dist.get_rank() == 0 else {}
 
 
@@ -90,6 +90,19 @@ def load(tensors: Tensors, modules: Sequence[nn.Module], optimizer: Keeper) -> N
     optimizer.load_state_dict({**before, "state": states})
 
 
+def gather_own(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each rank alone knows, by rank and name, on the CPU; on rank 0, and nothing on the others. A collective call
+    of all ranks."""
+    of_all = _on_first({name: tensor.cpu() for name, tensor in own.items()}, dist.group.WORLD)
+    return {f"{OWN}{rank}.{name}": tensor for rank, some in enumerate(of_all) for name, tensor in some.items()}
+
+
+def load_own(tensors: Tensors) -> dict[str, Tensor]:
+    """What this rank alone knew, in a run of the same mix of ranks; nothing where there was no such rank."""
+    mine = f"{OWN}{dist.get_rank()}."
+    return {name.removeprefix(mine): tensors[name] for name in tensors.names() if name.startswith(mine)}
+
+
 def load_weights(tensors: Tensors, model: nn.Module) -> None:
     """Fills a whole model. Raises CheckpointError where a tensor is missing or damaged."""
     model.load_state_dict({name: tensors[MODEL + name] for name in model.state_dict()})
@@ -116,18 +129,18 @@ def _split(parameter: nn.Parameter | None, whole: Tensor) -> Tensor:
     return whole if parameter is None or whole.dim() == 0 else split_tensor(parameter, whole)
 
 
-def _of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """Those of all pipeline stages, on the first stage's rank."""
+def _on_first(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> list[dict[str, Tensor]]:
+    """Those of each rank of a group, on the CPU, on its first rank; nothing on the others. A call of all of them."""
     about = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    of_all: list[list[tuple[str, torch.dtype, torch.Size]]] = [[]] * mesh.pp
-    dist.all_gather_object(of_all, about, group=mesh.pp_group)
-    if mesh.pp_rank > 0:
+    of_all: list[list[tuple[str, torch.dtype, torch.Size]]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(of_all, about, group=group)
+    if dist.get_rank(group) > 0:
         for tensor in tensors.values():
-            dist.send(tensor.contiguous(), group=mesh.pp_group, group_dst=0)
-        return {}
-    whole = dict(tensors)
-    for stage in range(1, mesh.pp):
-        for name, dtype, shape in of_all[stage]:
-            whole[name] = torch.empty(shape, dtype=dtype)  # the tied matrix comes twice, the same
-            dist.recv(whole[name], group=mesh.pp_group, group_src=stage)
-    return whole
+            dist.send(tensor.contiguous(), group=group, group_dst=0)
+        return []
+    brought = [tensors]
+    for rank, theirs in enumerate(of_all[1:], start=1):
+        brought.append({name: torch.empty(shape, dtype=dtype) for name, dtype, shape in theirs})
+        for tensor in brought[-1].values():
+            dist.recv(tensor, group=group, group_src=rank)
+    return brought

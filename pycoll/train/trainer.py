@@ -29,6 +29,8 @@ from pycoll.train.task import Batch, Rows, Task
 
 DRAWN_FROM = ("dp", "batch_size", "grad_accum", "seed")
 """Settings on which the examples of a step depend."""
+MIX = ("dp", "tp", "pp", "schedule")
+"""Settings that say which part of the work is a rank's."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ class Trainer:
             header = checkpoint.read_header(config.resume)
             tensors = checkpoint.Tensors(config.resume)
             state.load(tensors, self.parallel.modules, self.parallel.keeper)
-            self.parallel.take_up(tensors, header.step)
             if header.scaler and self.parallel.scaler.is_enabled():
                 self.parallel.scaler.load_state_dict(dict(header.scaler))
+            same = all(header.config.get(name) == getattr(config, name) for name in MIX)
+            self.parallel.take_up(tensors, state.load_own(tensors) if same else {}, header.step)
             self.done, self.seen, self.first_loss = header.step, header.seen, header.first_loss
             if examples(header.config) != examples(config.to_dict()):
                 self.changed = [name for name in DRAWN_FROM if header.config.get(name) != getattr(config, name)]
@@ -192,8 +195,9 @@ class Trainer:
         self.parallel.meet()
         self.meter.pause()
         tensors = state.gather(self.parallel.modules, self.parallel.keeper, self.mesh)
+        tensors |= state.gather_own(self.parallel.own_state())
         if self.rank == 0:
-            tensors.update(self.parallel.extra_state())
+            tensors |= self.parallel.extra_state()
             scaler = self.parallel.scaler.state_dict()
             settings = (self.task.shape(), self.config.to_dict())
             header = checkpoint.Header(self.done, self.seen, *settings, self.task.digest, self.first_loss, scaler)

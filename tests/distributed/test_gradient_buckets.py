@@ -61,6 +61,34 @@ def test_averages_are_those_of_ddp(ranks: Ranks, wire: torch.dtype) -> None:
         assert all(distance <= ROUNDING[wire] for step in found for distance in step), found
 
 
+def saved_hooks(rank: Rank) -> None:
+    """What int8 has rounded away goes from one WireState to the next."""
+    ways: list[list[Tensor]] = []
+    saved: dict[str, Tensor] = {}
+    for begins in (0, 2, 2):
+        net, state = make_net(), pycoll.WireState(torch.int8)
+        state.load_state_dict(saved if len(ways) == 1 else {})
+        assert state.state_dict().keys() == (saved.keys() if len(ways) == 1 else set())
+        hooked = DistributedDataParallel(net, bucket_cap_mb=0.05)
+        hooked(example(rank, 0)).square().sum().backward()  # after which DDP divides its buckets anew
+        hooked.register_comm_hook(state, pycoll.ddp_hook)
+        ways.append([])
+        for step in range(begins, 4):
+            if step == 2:
+                saved = saved or {name: residual.clone() for name, residual in state.state_dict().items()}
+            hooked.zero_grad()
+            hooked(example(rank, step)).square().sum().backward()
+            ways[-1].append(vector(net))
+    straight, resumed, anew = ways
+    assert len(saved) > 1 and all(residual.any() for residual in saved.values())
+    assert all(map(torch.equal, resumed, straight[2:]))
+    assert not torch.equal(anew[0], straight[2])
+
+
+def test_what_rounding_takes_goes_with_a_hook(two_ranks: Ranks) -> None:
+    two_ranks.run(saved_hooks)
+
+
 def compiled(rank: Rank) -> None:
     """A compiled model's gradients are averaged as another's."""
     nets = [make_net(), make_net()]

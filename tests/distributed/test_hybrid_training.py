@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import train_alone, train_here, write_text
+from training import differing, train_alone, train_here, write_text
 
 from pycoll import checkpoint
 from pycoll.errors import UsageError
@@ -177,6 +177,9 @@ def test_parts_in_16_bits(text: Path, tmp_path: Path) -> None:
     for run in ("scaled", "narrow", "resumed"):
         summary = json.loads((tmp_path / run / "summary.json").read_text())
         assert summary["final validation loss"] < summary["first training loss"], run
+    straight, resumed = (load_file(checkpoint.find(tmp_path / run)) for run in ("narrow", "resumed"))
+    assert differing(resumed, straight) == [], "also what int8 has rounded away on each rank"
+    assert {name.split(".")[1] for name in straight if name.startswith("own.")} == set("0123")
 
 
 @pytest.mark.parametrize(
