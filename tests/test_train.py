@@ -1,8 +1,10 @@
 """The reference trainer's arithmetic, its settings, and what cannot be resumed; whole runs are in distributed/."""
 
+import errno
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
 from training import MODEL, SECONDS, TINY, differing, train_alone, train_here, write_text
 
 from pycoll import checkpoint
@@ -190,6 +193,24 @@ def test_folder_of_another_run_is_left_alone(finished: Path, text: Path) -> None
 def test_folder_that_cannot_be_made_is_named(text: Path) -> None:
     with pytest.raises(ConfigError, match=r"text.txt/run cannot be made"):
         check(replace(TINY, data=text), text / "run")
+
+
+def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reporter = Reporter(tmp_path, first=0, last=4, tokens_per_step=10)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    said = re.escape(f"{tmp_path} cannot be written to ([Errno 28] No space left") + ".*make room, and resume"
+    with pytest.raises(Error, match=said):
+        reporter.step(1, 2.5, 0.1, 1.0)
+    with pytest.raises(Error, match=said):
+        reporter.summary({"loss": ("2.5", 2.5)})
+    reporter.close()
+    monkeypatch.setattr(SummaryWriter, "close", full)
+    with pytest.raises(Error, match=said):
+        reporter.close()
 
 
 def test_terminal_shows_a_progress_bar(

@@ -3,6 +3,8 @@
 import json
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+
+from pycoll.errors import Error
 
 LINE_EVERY = 25
 """Steps between lines where there is no terminal."""
@@ -46,8 +50,7 @@ class Reporter:
         self._times.append(time.monotonic())
         speed = self._tokens_per_step * (len(self._times) - 1) / (self._times[-1] - self._times[0])
         scalars = {"loss/train": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_s": speed}
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        self._write(scalars, step)
         text = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
@@ -57,8 +60,7 @@ class Reporter:
 
     def validation(self, step: int, verdict: dict[str, float]) -> None:
         """The task's verdict on the validation data after `step` steps."""
-        for name, value in verdict.items():
-            self._writer.add_scalar(f"{name}/validation", value, step)
+        self._write({f"{name}/validation": value for name, value in verdict.items()}, step)
         measures = ", ".join(f"{name} {value:.3f}" for name, value in verdict.items())
         self.note(f"step {step}/{self._last}  validation {measures}")
 
@@ -77,10 +79,27 @@ class Reporter:
             table.add_row(name, shown)
         self._console.print(table)
         values = {name: value for name, (_, value) in rows.items()}
-        (self._folder / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
+        with self._writable():
+            (self._folder / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
 
     def close(self) -> None:
         """Gives the terminal back and writes the last events."""
         if self._bar:
             self._bar.stop()
-        self._writer.close()
+        with self._writable():
+            self._writer.close()
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        with self._writable():
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Around what writes to the folder; what the writer's thread could not write is told here too, at a later
+        call."""
+        try:
+            yield
+        except OSError as error:
+            what = f"{self._folder} cannot be written to ({error})"
+            raise Error(f"{what}: the run ends; make room, and resume from its last checkpoint") from error
