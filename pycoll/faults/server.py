@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import os
@@ -30,6 +29,7 @@ from pycoll.faults.rank import RankRun
 from pycoll.faults.report import Board, Ending, Report
 from pycoll.faults.script import Fault, Script, make_script
 from pycoll.faults.verdict import Result, judge
+from pycoll.parent import end_with
 
 TICK = 0.005  # seconds between looks, while something is to be done at its time
 LONGEST_PAUSE = 0.1  # and otherwise: what the machine does not run for longer is noticed
@@ -130,7 +130,8 @@ class Play:
             os.close(child.process)
             child.log.close()
         os.close(ours)
-        die_with(parent)
+        if not end_with(parent, signal.SIGKILL):
+            os._exit(1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         return self._be(rank, theirs, log)
@@ -249,14 +250,6 @@ class Play:
 
 def void(_: object) -> None:
     """For a lambda that is to return nothing."""
-
-
-def die_with(parent: int) -> None:
-    """The kernel kills this process when its parent, whose process is `parent`, ends."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 if __name__ == "__main__":

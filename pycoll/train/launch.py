@@ -15,6 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pycoll.errors import Error
+from pycoll.parent import end_with
+
+LAUNCHER = "PYCOLL_LAUNCHER"
+"""The variable that holds the process of `launch`, for the ranks that it starts."""
 
 
 def rank() -> int | None:
@@ -47,6 +51,14 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def end_with_launcher() -> None:
+    """A rank that `launch` has started is asked to stop, as by SIGTERM, when that process dies: nobody would start it
+    again, nor see how it ends. torchrun's ranks are torchrun's. Raises Error where it has died already."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and not end_with(int(launcher), signal.SIGTERM):
+        raise Error("the process that started the ranks has died: start again")
+
+
 def launch(arguments: Sequence[str], nproc: int, restarts: int) -> int:
     """Runs `python -m pycoll.train ARGUMENTS` in `nproc` processes, again if one dies, and waits for them.
 
@@ -57,6 +69,7 @@ def launch(arguments: Sequence[str], nproc: int, restarts: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # Ranks that were asked to stop may take so long to end a step and save (torch 2.13 on; 30 s before).
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ[LAUNCHER] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="pycoll-train-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -78,6 +91,7 @@ def launch(arguments: Sequence[str], nproc: int, restarts: int) -> int:
             return _status(error)
         finally:
             logging.disable(logging.NOTSET)
+            del os.environ[LAUNCHER]
     return 0
 
 

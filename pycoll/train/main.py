@@ -18,7 +18,7 @@ from pycoll.train.classify import Classify
 from pycoll.train.config import CLASSIFY, ConfigError, TrainConfig
 from pycoll.train.device import check_device
 from pycoll.train.language import Language
-from pycoll.train.launch import launch, may_restart, program, rank, restarted, run_id
+from pycoll.train.launch import end_with_launcher, launch, may_restart, program, rank, restarted, run_id
 from pycoll.train.plan import show_plan
 from pycoll.train.stop import stop_requests
 from pycoll.train.task import Task
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             raise Error(f"{error}; continue from the last checkpoint: {program()} --resume {out}") from error
     from pycoll.train.trainer import Trainer  # a second, for torch's compiler, which who launches ranks does not need
 
+    end_with_launcher()
     dist.init_process_group(config.backend)  # Until all ranks have met there is nothing to save: a signal just ends it.
     try:
         with stop_requests() as stop:

@@ -95,10 +95,10 @@ def test_resuming_with_other_ranks_says_so(
     assert checkpoint.read_header(checkpoint.find(tmp_path)).config["dp"] == 1
 
 
-def _command_of(pid: str) -> bytes:
+def _command_of(pid: str | int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return b""
 
 
@@ -142,7 +142,8 @@ class Running:
         self.process.wait()
 
     def ranks_left(self) -> list[int]:
-        return [pid for pid in self.ranks if Path(f"/proc/{pid}").exists()]
+        """A process that has ended has no command line, also where nobody has asked yet how it ended."""
+        return [pid for pid in self.ranks if _command_of(pid)]
 
     def wait(self) -> tuple[int, str, str]:
         """Exit status, output and errors; no rank may be left."""
@@ -167,6 +168,16 @@ def test_signal_to_one_rank_stops_all(text: Path, tmp_path: Path) -> None:
         status, out, err = running.wait()
     assert (status, err) == (0, "")
     assert "stopped after step" in out
+
+
+def test_ranks_stop_and_save_when_who_started_them_is_killed(text: Path, tmp_path: Path) -> None:
+    with Running(text, tmp_path) as running:
+        running.process.kill()
+        running.process.communicate(timeout=SECONDS)  # which ends when the last rank has closed what it prints to
+    assert running.ranks_left() == []
+    newest = checkpoint.find(tmp_path)
+    assert checkpoint.newest_whole(tmp_path) == newest
+    assert checkpoint.read_header(newest).config["steps"] == 1000000, "it is not the run's last"
 
 
 def test_killed_rank_is_named(text: Path, tmp_path: Path) -> None:
