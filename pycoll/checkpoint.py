@@ -48,6 +48,8 @@ class Header:
     """Training loss of the run's first step, in its task's unit."""
     scaler: Mapping[str, Any] = field(default_factory=dict)
     """State of the GradScaler; empty where the loss is not scaled."""
+    run_id: str | None = None
+    """The name that the launcher has for the run, the same after restarts; None where it has none."""
 
 
 def save(folder: Path, header: Header, tensors: Mapping[str, Tensor], *, keep: int = KEPT) -> Path:

@@ -16,7 +16,7 @@ from pycoll.errors import Error
 from pycoll.models import PRESETS
 from pycoll.train.classify import Classify
 from pycoll.train.config import CLASSIFY, ConfigError, TrainConfig
-from pycoll.train.device import check_device
+from pycoll.train.device import check_device, take_device
 from pycoll.train.language import Language
 from pycoll.train.launch import end_with_launcher, launch, may_restart, program, rank, restarted, run_id
 from pycoll.train.plan import show_plan
@@ -39,10 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     if config.out is None and run_id() is None and may_restart():
         raise ConfigError("this torchrun has no name for the run that outlives a restart: give --out a folder")
     out = config.out or Path("runs") / (run_id() or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    config = after_restart(config, out)
-    task = check(config, out)
     if rank() is None:
-        del task  # The ranks load the data; this process only waits for them.
+        check(config, out)  # The ranks load the data; this process only waits for them.
         try:
             nproc = config.dp * config.tp * config.pp
             return launch([*arguments, *([] if config.out else ["--out", str(out)])], nproc, config.restarts)
@@ -53,9 +51,12 @@ def main(arguments: Sequence[str]) -> int:
     from pycoll.train.trainer import Trainer  # a second, for torch's compiler, which who launches ranks does not need
 
     end_with_launcher()
-    dist.init_process_group(config.backend)  # Until all ranks have met there is nothing to save: a signal just ends it.
+    check_device(config, launches=False)
+    dist.init_process_group(config.backend)
     try:
-        with stop_requests() as stop:
+        config = after_restart(config, out)
+        task = check(config, out)
+        with stop_requests() as stop:  # Until here there is nothing to save: a signal just ends it.
             Trainer(task, out).run(stop)
     finally:
         dist.destroy_process_group()
@@ -86,15 +87,24 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 def after_restart(config: TrainConfig, out: Path) -> TrainConfig:
-    """The settings, to go on from the newest whole checkpoint in `out` where a rank of this run has died before."""
-    if not restarted():
-        return config
-    newest = checkpoint.newest_whole(out)
-    if rank() == 0:  # what is damaged is neither gone on from nor counted among the newest
-        for path in checkpoint.list_checkpoints(out):
-            if newest is None or checkpoint.step_of(path) > checkpoint.step_of(newest):
-                path.rename(path.with_suffix(".damaged"))
-    return config if newest is None else replace(config, resume=newest)
+    """The settings, to go on from the newest whole checkpoint in `out` where this run has begun before.
+
+    A call of all ranks: the first one looks and decides. torchrun's nodes count restarts each for themselves, and
+    what a node that leaves or joins makes them do they do not count at all.
+    """
+    take_device(config)  # which NCCL's collectives have to know
+    anybody: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(anybody, restarted())
+    decided: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        newest = checkpoint.newest_whole(out)
+        if any(anybody) or (newest is not None and run_id() in {checkpoint.read_header(newest).run_id} - {None}):
+            decided = [newest]
+            for path in checkpoint.list_checkpoints(out):  # what is damaged does not count among the newest
+                if newest is None or checkpoint.step_of(path) > checkpoint.step_of(newest):
+                    path.rename(path.with_suffix(".damaged"))
+    dist.broadcast_object_list(decided)
+    return config if decided[0] is None else replace(config, resume=decided[0])
 
 
 def check(config: TrainConfig, out: Path) -> Task:

@@ -18,7 +18,7 @@ from pycoll.train import state
 from pycoll.train.choose import make_parallel
 from pycoll.train.config import DTYPES
 from pycoll.train.device import count_gpus, has_room, take_device
-from pycoll.train.launch import program, restarted
+from pycoll.train.launch import program, restarted, run_id
 from pycoll.train.measure import Meter
 from pycoll.train.mesh import Mesh
 from pycoll.train.optimization import learning_rate, set_learning_rate
@@ -200,7 +200,9 @@ class Trainer:
             tensors |= self.parallel.extra_state()
             scaler = self.parallel.scaler.state_dict()
             settings = (self.task.shape(), self.config.to_dict())
-            header = checkpoint.Header(self.done, self.seen, *settings, self.task.digest, self.first_loss, scaler)
+            header = checkpoint.Header(
+                self.done, self.seen, *settings, self.task.digest, self.first_loss, scaler, run_id()
+            )
             checkpoint.save(self.out, header, tensors, keep=self.config.keep)
         dist.barrier()  # Writing may take longer than ranks wait for one another in a step.
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import SECONDS, TINY, command, differing, finish, train_alone, write_text
 
 from pycoll import checkpoint
 from pycoll.data import load_corpus
+from pycoll.testing import Processes, Rank
+from pycoll.train import TrainConfig
 from pycoll.train.launch import program
 from pycoll.train.main import after_restart, parse
 
@@ -230,6 +233,34 @@ def test_killed_ranks_come_back_and_end_where_an_undisturbed_run_does(
     assert losses[0]["final validation loss"] == losses[1]["final validation loss"]
 
 
+def decide(rank: Rank, config: TrainConfig, out: Path, environments: Sequence[dict[str, str]]) -> Path | None:
+    os.environ.update({"TORCHELASTIC_RUN_ID": "none", **environments[rank.rank]})
+    rank.init_process_group()
+    try:
+        return after_restart(config, out).resume
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("environments", "goes_on"),
+    [
+        pytest.param([{}, {"TORCHELASTIC_RESTART_COUNT": "1"}], True, id="a node has not counted the restart"),
+        pytest.param([{"TORCHELASTIC_RUN_ID": "named"}] * 2, True, id="a node has left, and nobody counted"),
+        pytest.param([{"TORCHELASTIC_RUN_ID": "other"}] * 2, False, id="another run"),
+        pytest.param([{}, {}], False, id="a run without a name"),
+    ],
+)
+def test_all_ranks_go_on_from_the_same_checkpoint_or_none(
+    environments: list[dict[str, str]], goes_on: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "named")
+    config = replace(TINY, dp=1, data=text)
+    train_alone(config, tmp_path)
+    with Processes(decide, 2, config, tmp_path, environments) as ranks:
+        assert ranks.results(SECONDS) == [checkpoint.find(tmp_path) if goes_on else None] * 2
+
+
 def test_a_damaged_checkpoint_is_not_what_ranks_come_back_to(text: Path, tmp_path: Path) -> None:
     config = replace(TINY, dp=1, data=text, out=tmp_path)
     straight = train_alone(config, tmp_path)
@@ -237,11 +268,9 @@ def test_a_damaged_checkpoint_is_not_what_ranks_come_back_to(text: Path, tmp_pat
     damaged = bytearray(newest.read_bytes())
     damaged[-1] ^= 1
     newest.write_bytes(damaged)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        patch.setenv("RANK", "0")
-        again = after_restart(config, tmp_path)
-        assert again.resume == tmp_path / "checkpoint-00000003.safetensors"
-        assert differing(train_alone(again, tmp_path), straight) == []
+    with Processes(decide, 1, config, tmp_path, [{"TORCHELASTIC_RESTART_COUNT": "1"}]) as ranks:
+        (resume,) = ranks.results(SECONDS)
+    assert resume == tmp_path / "checkpoint-00000003.safetensors"
+    assert differing(train_alone(replace(config, resume=resume), tmp_path), straight) == []
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [3, 6]
     assert newest.with_suffix(".damaged").exists(), "it is left for whoever wants to know"
