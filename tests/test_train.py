@@ -18,12 +18,13 @@ from training import MODEL, SECONDS, TINY, differing, train_alone, train_here, w
 
 from pycoll import checkpoint
 from pycoll.checkpoint import CheckpointError
+from pycoll.disk import alone_in
 from pycoll.errors import Error
 from pycoll.models import GPT, GPTConfig
 from pycoll.models.hugging_face import ModelFolderError
 from pycoll.testing import Processes, Rank
 from pycoll.train import ConfigError, TrainConfig
-from pycoll.train.main import check, main, parse
+from pycoll.train.main import alone, check, main, parse
 from pycoll.train.optimization import adam_settings, learning_rate
 from pycoll.train.progress import Reporter
 from pycoll.train.stop import stop_requests
@@ -193,6 +194,14 @@ def test_folder_of_another_run_is_left_alone(finished: Path, text: Path) -> None
 def test_folder_that_cannot_be_made_is_named(text: Path) -> None:
     with pytest.raises(ConfigError, match=r"text.txt/run cannot be made"):
         check(replace(TINY, data=text), text / "run")
+
+
+def test_a_folder_has_one_run_at_a_time(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pycoll.train.main.PATIENCE", 0.0)
+    with alone_in(tmp_path, 0.0), pytest.raises(ConfigError, match=f"another run writes to {tmp_path}: wait for"):
+        main(["--data", str(text), "--out", str(tmp_path)])
+    with alone(tmp_path):
+        assert [*tmp_path.iterdir()] == []
 
 
 def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

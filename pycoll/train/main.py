@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from pycoll import checkpoint
+from pycoll.disk import alone_in
 from pycoll.errors import Error
 from pycoll.models import PRESETS
 from pycoll.train.classify import Classify
@@ -23,6 +25,8 @@ from pycoll.train.plan import show_plan
 from pycoll.train.stop import stop_requests
 from pycoll.train.task import Task
 
+PATIENCE = 10.0
+"""Seconds in which a run that is being stopped leaves its folder, usually."""
 PATHS = ("data", "init", "export")
 """Settings that mean the same where a run goes on from another folder."""
 
@@ -40,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("this torchrun has no name for the run that outlives a restart: give --out a folder")
     out = config.out or Path("runs") / (run_id() or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     if rank() is None:
-        check(config, out)  # The ranks load the data; this process only waits for them.
+        with alone(out):
+            check(config, out)  # The ranks load the data; this process only waits for them.
         try:
             nproc = config.dp * config.tp * config.pp
             return launch([*arguments, *([] if config.out else ["--out", str(out)])], nproc, config.restarts)
@@ -54,10 +59,11 @@ def main(arguments: Sequence[str]) -> int:
     check_device(config, launches=False)
     dist.init_process_group(config.backend)
     try:
-        config = after_restart(config, out)
-        task = check(config, out)
-        with stop_requests() as stop:  # Until here there is nothing to save: a signal just ends it.
-            Trainer(task, out).run(stop)
+        with alone(out) if rank() == 0 else nullcontext():
+            config = after_restart(config, out)
+            task = check(config, out)
+            with stop_requests() as stop:  # Until here there is nothing to save: a signal just ends it.
+                Trainer(task, out).run(stop)
     finally:
         dist.destroy_process_group()
     return 0
@@ -105,6 +111,19 @@ def after_restart(config: TrainConfig, out: Path) -> TrainConfig:
                     path.rename(path.with_suffix(".damaged"))
     dist.broadcast_object_list(decided)
     return config if decided[0] is None else replace(config, resume=decided[0])
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Within the block no other run is in `out`. Raises ConfigError where one stays there, as one that is being stopped
+    would not."""
+    _check_folder("--out", out)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(out, PATIENCE))
+        except BlockingIOError as error:
+            raise ConfigError(f"another run writes to {out}: wait for its end, or give --out another folder") from error
+        yield
 
 
 def check(config: TrainConfig, out: Path) -> Task:
