@@ -33,9 +33,9 @@ def write_text(folder: Path) -> Path:
 
 
 def command(*arguments: str | Path, steps: int = 6) -> list[str]:
-    """`pycoll train` with the settings of TINY (but steps)."""
+    """`pycoll train` with the settings of TINY, but steps and `arguments`."""
     settings = ["--steps", str(steps), *FLAGS.split(), *MODEL_FLAGS.split()]
-    return [sys.executable, "-m", "pycoll.train", *map(str, arguments), *settings]
+    return [sys.executable, "-m", "pycoll.train", *settings, *map(str, arguments)]
 
 
 def finish(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

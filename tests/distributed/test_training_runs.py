@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import SECONDS, TINY, command, differing, finish, train_alone, write_text
+from training import SECONDS, TINY, command, differing, finish, train_alone, train_here, write_text
 
 from pycoll import checkpoint
 from pycoll.data import load_corpus
@@ -108,13 +108,21 @@ def _command_of(pid: str | int) -> bytes:
 class Running:
     """A run, by default too long to wait for, from its first checkpoint on, and the process ids of its ranks."""
 
-    def __init__(self, text: Path, out: Path, *arguments: str, launcher: Sequence[str] = (), steps: int = 1000000):
+    def __init__(
+        self,
+        text: Path,
+        out: Path,
+        *arguments: str,
+        launcher: Sequence[str] = (),
+        steps: int = 1000000,
+        world_size: int = 2,
+    ):
         python, *rest = command("--data", text, "--out", out, *arguments, steps=steps)
         self.process = subprocess.Popen(
             [python, *launcher, *rest], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.ranks: list[int] = []
-        self.out = out
+        self.out, self.world_size = out, world_size
 
     def __enter__(self) -> "Running":
         deadline = time.monotonic() + SECONDS
@@ -126,12 +134,12 @@ class Running:
         return self
 
     def find_ranks(self, deadline: float = 0.0) -> None:
-        """Two that are not known yet; waits for them until the deadline."""
+        """As many as there are, none of them known yet; waits for them until the deadline."""
         known = {*self.ranks}
         while True:
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
             new = [int(pid) for pid in children if int(pid) not in known and b"pycoll.train" in _command_of(pid)]
-            if len(new) == 2:
+            if len(new) == self.world_size:
                 self.ranks = [*self.ranks, *new]
                 return
             assert time.monotonic() < deadline, f"ranks: {new}"
@@ -183,6 +191,23 @@ def test_ranks_stop_and_save_when_who_started_them_is_killed(text: Path, tmp_pat
     assert checkpoint.read_header(newest).config["steps"] == 1000000, "it is not the run's last"
 
 
+@pytest.mark.parametrize(
+    ("mix", "world_size"),
+    [
+        ("--dp 2 --tp 2 --sequence-parallel", 4),
+        ("--dp 1 --pp 2 --grad-accum 2 --model.n-layer 2", 2),
+    ],
+)
+def test_signal_to_one_rank_stops_all_who_share_a_model(mix: str, world_size: int, text: Path, tmp_path: Path) -> None:
+    with Running(text, tmp_path, *mix.split(), world_size=world_size) as running:
+        os.kill(running.ranks[-1], signal.SIGTERM)
+        status, out, err = running.wait()
+    assert (status, err) == (0, "")
+    newest = checkpoint.newest_whole(tmp_path)
+    assert newest is not None
+    assert f"stopped after step {checkpoint.read_header(newest).step};" in out
+
+
 def test_killed_rank_is_named(text: Path, tmp_path: Path) -> None:
     with Running(text, tmp_path) as running:
         os.kill(running.ranks[1], signal.SIGKILL)
@@ -231,6 +256,37 @@ def test_killed_ranks_come_back_and_end_where_an_undisturbed_run_does(
     assert differing(*(load_file(checkpoint.find(folder)) for folder in (straight, tmp_path))) == []
     losses = [json.loads((folder / "summary.json").read_text()) for folder in (straight, tmp_path)]
     assert losses[0]["final validation loss"] == losses[1]["final validation loss"]
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        "--dp 1 --tp 2 --sequence-parallel",
+        "--dp 1 --pp 2 --schedule interleaved --grad-accum 2 --model.n-layer 4",
+    ],
+)
+def test_ranks_that_share_a_model_come_back_too(
+    mix: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as those that nothing disturbs
+    with Running(text, tmp_path / "killed", *mix.split(), "--restarts", "1", steps=STEPS) as running:
+        os.kill(running.ranks[1], signal.SIGKILL)
+        running.find_ranks(time.monotonic() + SECONDS)
+        status, printed, err = running.wait()
+    assert status == 0, err
+    assert ", from step " in printed, "it went on from a checkpoint"
+    config = parse(command("--data", text, *mix.split(), steps=STEPS)[3:])
+    with Processes(train_undisturbed, 2, config, tmp_path / "straight") as ranks:
+        ranks.results(SECONDS)
+    killed, straight = (load_file(checkpoint.find(tmp_path / name)) for name in ("killed", "straight"))
+    assert differing(killed, straight) == []
+
+
+def train_undisturbed(rank: Rank, config: TrainConfig, out: Path) -> None:
+    torch.set_num_threads(1)
+    rank.init_process_group()
+    train_here(config, out)
+    dist.destroy_process_group()
 
 
 def decide(rank: Rank, config: TrainConfig, out: Path, environments: Sequence[dict[str, str]]) -> Path | None:
