@@ -8,6 +8,7 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,17 @@ def test_a_finished_run_only_concludes(finished: Path, text: Path, tmp_path: Pat
     assert again["final validation loss"] == before["final validation loss"]
     with pytest.raises(ConfigError, match="has done 6 steps, more than --steps 5"):
         check(parse(["--resume", str(finished), "--steps", "5"]), finished)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer": "torch"}, {"sync": "diloco", "every": 3, "eval_every": 3}, {"sync": "async"}],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_finished_run_of_whatever_kind_only_concludes(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    config = replace(TINY, dp=1, data=text, **settings)
+    weights = train_alone(config, tmp_path)
+    assert differing(train_alone(replace(config, resume=checkpoint.find(tmp_path)), tmp_path), weights) == []
 
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:

@@ -272,6 +272,8 @@ class TorchParallel(WholeModel):
     def waiting_share(self) -> float | None:
         """As DDP samples it."""
         times = self.model._get_ddp_logging_data()  # in ns, averages over the first steps and then every 100th
+        if "avg_backward_comm_time" not in times:  # no step, where a run goes on from its last one
+            return None
         waited = times["avg_backward_comm_time"] - times["avg_backward_compute_comm_overlap_time"]
         computed = times["avg_forward_compute_time"] + times["avg_backward_compute_time"]
         return waited / max(1, computed + waited)
