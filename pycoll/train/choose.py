@@ -3,7 +3,8 @@
 from torch import nn
 
 from pycoll.train.mesh import Mesh
-from pycoll.train.parallel import Parallel, PipelineParallel, PycollParallel, TorchParallel
+from pycoll.train.parallel import Parallel, PycollParallel, TorchParallel
+from pycoll.train.pipeline import PipelineParallel
 from pycoll.train.relaxed import AsyncParallel, PeriodicParallel
 from pycoll.train.task import Task
 

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pycoll.buckets import GradientBuckets
 from pycoll.checkpoint import Tensors
-from pycoll.communicator import Communicator
 from pycoll.data_parallel import DataParallel
 from pycoll.ddp_hook import WireState, ddp_hook
 from pycoll.models.gpt import GPT, Transformer
@@ -21,7 +20,6 @@ from pycoll.tensor_parallel import is_split, parallelize_gpt
 from pycoll.train.config import DTYPES, TrainConfig
 from pycoll.train.mesh import Mesh
 from pycoll.train.optimization import adam_settings
-from pycoll.train.pipeline import Pipeline
 from pycoll.train.state import Keeper
 from pycoll.train.task import Batch, Task
 
@@ -158,7 +156,7 @@ class PycollParallel(WholeModel):
     def __init__(self, model: nn.Module, task: Task, mesh: Mesh) -> None:
         super().__init__(task, mesh)
         config = task.config
-        _divide(model.to(DTYPES[config.dtype]), config, mesh)
+        divide(model.to(DTYPES[config.dtype]), config, mesh)
         compile_blocks(model.to(mesh.device), config)
         self.modules = [model]
         parts = mesh.parts(lambda parameter: 1 if is_split(parameter) else mesh.tp)
@@ -171,68 +169,6 @@ class PycollParallel(WholeModel):
 
     def _no_sync(self) -> AbstractContextManager[None]:
         return self.model.no_sync()
-
-
-class PipelineParallel(Parallel):
-    """Stages of the model on different ranks, each data-parallel with pycoll.ShardedAdam."""
-
-    buckets: GradientBuckets
-
-    def __init__(self, model: nn.Module, task: Task, mesh: Mesh) -> None:
-        super().__init__(task, mesh)
-        config = task.config
-        assert isinstance(model, GPT)
-        _divide(model.to(DTYPES[config.dtype]), config, mesh)
-        compile_blocks(model, config)
-        self._pipeline = Pipeline(
-            model,
-            mesh,
-            schedule=config.schedule,
-            stages_per_rank=config.stages_per_rank,
-            micro_batches=config.grad_accum,
-            loss=self._micro_loss,
-        )
-        self.modules = [*self._pipeline.modules]
-        self.knows_loss = self._pipeline.is_last
-        tied = self._pipeline.tied
-
-        def copies(parameter: Tensor) -> int:
-            of_stages = 2 if parameter is tied else 1
-            return of_stages * (1 if is_split(parameter) else mesh.tp)
-
-        communicator = Communicator.from_group(mesh.dp_group)
-        self.buckets = GradientBuckets(
-            self._pipeline.modules.parameters(),
-            communicator,
-            wire_dtype=DTYPES[config.wire_dtype],
-            parts=mesh.parts(copies),
-        )
-        settings = adam_settings(self._pipeline.modules, config)
-        self.optimizer: ShardedAdam = ShardedAdam(**settings, buckets=self.buckets)
-
-    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """As Parallel.accumulate; the batches are the pipeline's micro-batches."""
-        total = self._run(batches)
-        self.buckets.average()
-        return total / self.scaler.get_scale()
-
-    def scores(self, batch: Batch) -> Tensor | None:
-        return self._pipeline.forward(batch.inputs[0])
-
-    def settle(self, batch: Batch) -> None:
-        """Lets the stages learn the shapes that they pass on, from passes of which nothing is kept."""
-        self._run([batch] * self.task.config.grad_accum)
-        self.optimizer.zero_grad()
-
-    def _run(self, batches: Sequence[Batch]) -> Tensor:
-        inputs = torch.cat([batch.inputs[0] for batch in batches])
-        targets = torch.cat([batch.targets for batch in batches])
-        with self.buckets.no_sync():
-            return self._pipeline.run(inputs, targets)
-
-    def _micro_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        loss = self.task.loss(scores, targets, self.mesh) / self.task.config.grad_accum
-        return self.scaler.scale(loss)
 
 
 class TorchParallel(WholeModel):
@@ -286,7 +222,7 @@ class TorchParallel(WholeModel):
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
 
-def _divide(model: nn.Module, config: TrainConfig, mesh: Mesh) -> None:
+def divide(model: nn.Module, config: TrainConfig, mesh: Mesh) -> None:
     """By the tensor-parallel ranks, if there are several."""
     if mesh.tp > 1:
         assert isinstance(model, GPT)

@@ -6,7 +6,7 @@ group's send and recv; weights' gradients are added up over the micro-batches an
 ranks of the stage.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,17 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
+from pycoll.buckets import GradientBuckets
+from pycoll.communicator import Communicator
 from pycoll.models.gpt import GPT
 from pycoll.models.stage import GPTStage
+from pycoll.sharded import ShardedAdam
+from pycoll.tensor_parallel import is_split
+from pycoll.train.config import DTYPES
 from pycoll.train.mesh import Mesh
+from pycoll.train.optimization import adam_settings
+from pycoll.train.parallel import Parallel, compile_blocks, divide
+from pycoll.train.task import Batch, Task
 
 SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -132,3 +140,65 @@ class Pipeline:
         else:
             dist.send(grad, group=self._group, group_dst=0)
             dist.recv(grad, group=self._group, group_src=0)
+
+
+class PipelineParallel(Parallel):
+    """Stages of the model on different ranks, each data-parallel with pycoll.ShardedAdam."""
+
+    buckets: GradientBuckets
+
+    def __init__(self, model: nn.Module, task: Task, mesh: Mesh) -> None:
+        super().__init__(task, mesh)
+        config = task.config
+        assert isinstance(model, GPT)
+        divide(model.to(DTYPES[config.dtype]), config, mesh)
+        compile_blocks(model, config)
+        self._pipeline = Pipeline(
+            model,
+            mesh,
+            schedule=config.schedule,
+            stages_per_rank=config.stages_per_rank,
+            micro_batches=config.grad_accum,
+            loss=self._micro_loss,
+        )
+        self.modules = [*self._pipeline.modules]
+        self.knows_loss = self._pipeline.is_last
+        tied = self._pipeline.tied
+
+        def copies(parameter: Tensor) -> int:
+            of_stages = 2 if parameter is tied else 1
+            return of_stages * (1 if is_split(parameter) else mesh.tp)
+
+        communicator = Communicator.from_group(mesh.dp_group)
+        self.buckets = GradientBuckets(
+            self._pipeline.modules.parameters(),
+            communicator,
+            wire_dtype=DTYPES[config.wire_dtype],
+            parts=mesh.parts(copies),
+        )
+        settings = adam_settings(self._pipeline.modules, config)
+        self.optimizer: ShardedAdam = ShardedAdam(**settings, buckets=self.buckets)
+
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
+        """As Parallel.accumulate; the batches are the pipeline's micro-batches."""
+        total = self._run(batches)
+        self.buckets.average()
+        return total / self.scaler.get_scale()
+
+    def scores(self, batch: Batch) -> Tensor | None:
+        return self._pipeline.forward(batch.inputs[0])
+
+    def settle(self, batch: Batch) -> None:
+        """Lets the stages learn the shapes that they pass on, from passes of which nothing is kept."""
+        self._run([batch] * self.task.config.grad_accum)
+        self.optimizer.zero_grad()
+
+    def _run(self, batches: Sequence[Batch]) -> Tensor:
+        inputs = torch.cat([batch.inputs[0] for batch in batches])
+        targets = torch.cat([batch.targets for batch in batches])
+        with self.buckets.no_sync():
+            return self._pipeline.run(inputs, targets)
+
+    def _micro_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        loss = self.task.loss(scores, targets, self.mesh) / self.task.config.grad_accum
+        return self.scaler.scale(loss)
