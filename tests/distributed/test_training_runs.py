@@ -181,7 +181,10 @@ def test_signal_to_one_rank_stops_all(text: Path, tmp_path: Path) -> None:
     assert "stopped after step" in out
 
 
-def test_ranks_stop_and_save_when_who_started_them_is_killed(text: Path, tmp_path: Path) -> None:
+def test_ranks_stop_and_save_when_who_started_them_is_killed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what a killed process cannot remove any more
     with Running(text, tmp_path) as running:
         running.process.kill()
         running.process.communicate(timeout=SECONDS)  # which ends when the last rank has closed what it prints to
