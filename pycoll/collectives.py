@@ -40,9 +40,10 @@ class Collectives:
         """Combines `x` of all ranks elementwise; every rank gets the result.
 
         Args:
-            x: float32, float64, bfloat16, float16, int8 to int64, uint8 or bool, the same shape and dtype on all ranks.
+            x: float32, float64, bfloat16, float16, complex, int8 to int64, uint8 or bool, the same shape and dtype on
+                all ranks.
             op: "sum", "avg" (integers truncate), "min", "max", "product"; "band", "bor" and "bxor" of integers. Of
-                bools the sum is their or, the product their and.
+                bools the sum is their or, the product their and; complex numbers have sums and averages.
             out: where the result goes; None: into `x`.
             algorithm: "auto" picks by size; or "one_shot", "two_shot", "ring", "tree"; on GPUs also "one_shot_ll" and
                 "two_shot_ll" (low latency), and "multimem" (sums of floats in NVSwitch, where there is one).

@@ -62,8 +62,8 @@ class LocalGroup:
         """Combines the tensors elementwise, each of which becomes the result: tensors[r] is rank r's.
 
         Args:
-            tensors: one a rank, of one shape and dtype (float32, float64, bfloat16, float16, int8 to int64, uint8), in
-                separate memory.
+            tensors: one a rank, of one shape and dtype (float32, float64, bfloat16, float16, complex, int8 to int64,
+                uint8), in separate memory.
             op, algorithm: as in `Communicator.all_reduce`.
 
         Returns:

@@ -19,8 +19,8 @@ class Accesses {
   Accesses(const at::Tensor& like, int world)
       : element_(like.element_size()),
         world_(world),
-        combine_(cpu::kernels()
-                     .combine[static_cast<int>(reducible(like, "the ceiling"))][static_cast<int>(ReduceOp::kSum)]) {}
+        combine_(cpu::kernels().combine[static_cast<int>(elements_to_reduce(like, "the ceiling").dtype)]
+                                       [static_cast<int>(ReduceOp::kSum)]) {}
 
   std::byte* at(const at::Tensor& t, size_t element) const {
     return static_cast<std::byte*>(t.data_ptr()) + element * element_;

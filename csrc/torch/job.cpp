@@ -25,14 +25,18 @@ Dense read(const at::Tensor& x, const Reduction& by) {
   return Dense(x, at::empty(x.sizes(), x.options()), by.factor);
 }
 
-cpu::Call reduction(Collective collective, const at::Tensor& x, const Reduction& by) {
+// The call of a collective that reduces, as yet without memory; `counted`: what its count is of.
+cpu::Call reduction(Collective collective, const at::Tensor& counted, const Reduction& by) {
   const char* what = name(collective);
-  if (by.factor.defined() && !at::isFloatingType(x.scalar_type())) {
+  if (by.factor.defined() && !at::isFloatingType(counted.scalar_type())) {
     throw_unsupported(std::string(what) + " multiplies only floats before it adds");
   }
-  const DType dtype = reducible(x, what);
-  return {
-      .collective = collective, .dtype = dtype, .op = op_for(x, by.op, what), .shape = fingerprint(x.scalar_type())};
+  const Elements e = elements_to_reduce(counted, what);
+  return {.collective = collective,
+          .dtype = e.dtype,
+          .op = op_for(counted, by.op, what),
+          .count = e.count,
+          .shape = fingerprint(counted.scalar_type())};
 }
 
 const void* address(const Dense& d) { return d.memory().const_data_ptr(); }
@@ -83,7 +87,6 @@ Job all_reduce_job(const at::Tensor& x, const at::Tensor& out, const Reduction& 
   check_memory(x, "all_reduce");
   cpu::Call call = reduction(Collective::kAllReduce, x, by);
   call.algorithm = algorithm;
-  call.count = static_cast<size_t>(x.numel());
   return reduce_whole(call, x, out, by);
 }
 
@@ -92,7 +95,6 @@ Job reduce_job(Seat seat, const at::Tensor& x, const at::Tensor& out, const Redu
   check_memory(x, "reduce");
   cpu::Call call = reduction(Collective::kReduce, x, by);
   call.root = root;
-  call.count = static_cast<size_t>(x.numel());
   if (seat.rank == root) return reduce_whole(call, x, out, by);
   const Dense given = read(x, by);
   call.in = address(given);
@@ -169,7 +171,7 @@ Job reduce_scatter_job(Seat seat, const Blocks& x, const at::Tensor& out, const 
   for (const Dense& d : x.parts) check_memory(d.tensor(), "reduce_scatter");
   check_writable(out, "reduce_scatter");
   check_blocks(seat, out, x.memory, "reduce_scatter", "input");
-  cpu::Call call = reduction(Collective::kReduceScatter, out, by);
+  cpu::Call call = reduction(Collective::kReduceScatter, x.memory, by);
   const Dense result(out);
   Job job{{}, x.parts, {result}, {out}, {}};
   call.in = x.memory.const_data_ptr();
@@ -181,7 +183,6 @@ Job reduce_scatter_job(Seat seat, const Blocks& x, const at::Tensor& out, const 
     check_overlap(x.memory, result.memory(), seat.rank, "reduce_scatter");
   }
   call.out = writable(result);
-  call.count = static_cast<size_t>(x.memory.numel());
   job.calls.push_back(call);
   return job;
 }

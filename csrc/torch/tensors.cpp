@@ -37,22 +37,26 @@ std::optional<DType> dtype_of(at::ScalarType type) {
 
 }  // namespace
 
-DType reducible(const at::Tensor& t, const char* collective) {
-  if (const auto dtype = dtype_of(t.scalar_type())) return *dtype;
-  throw_unsupported(std::string(collective) + " cannot reduce " + c10::toString(t.scalar_type()) +
-                    " tensors: float32, float64, bfloat16, float16, int8, int16, int32, int64, uint8 and bool it can; "
-                    "convert the tensor");
-}
-
 ReduceOp op_for(const at::Tensor& t, ReduceOp op, const char* collective) {
   const bool is_bool = t.scalar_type() == at::kBool;
-  if ((is_bool && op == ReduceOp::kAvg) ||
+  const bool adds = op == ReduceOp::kSum || op == ReduceOp::kAvg;
+  if ((is_bool && op == ReduceOp::kAvg) || (t.is_complex() && !adds) ||
       (of_bits(op) && !at::isIntegralType(t.scalar_type(), /*includeBool=*/true))) {
     throw_unsupported(std::string(collective) + " has no " + name(op) + " of " + c10::toString(t.scalar_type()) +
                       " tensors");
   }
   if (!is_bool) return op;
   return op == ReduceOp::kSum ? ReduceOp::kMax : op == ReduceOp::kProduct ? ReduceOp::kMin : op;
+}
+
+Elements elements_to_reduce(const at::Tensor& t, const char* collective) {
+  const auto count = static_cast<size_t>(t.numel());
+  if (const auto dtype = dtype_of(t.scalar_type())) return {*dtype, count};
+  if (t.is_complex()) return {*dtype_of(c10::toRealValueType(t.scalar_type())), 2 * count};
+  throw_unsupported(
+      std::string(collective) + " cannot reduce " + c10::toString(t.scalar_type()) +
+      " tensors: float32, float64, bfloat16, float16, complex ones, int8, int16, int32, int64, uint8 and bool it "
+      "can; convert the tensor");
 }
 
 Elements elements_to_copy(const at::Tensor& t) {

@@ -16,15 +16,15 @@ struct Reduction {
   at::Tensor factor{};
 };
 
-// The dtype to reduce in, and the operation there: bool is a byte of 0 or 1. Throws UnsupportedError.
-DType reducible(const at::Tensor& t, const char* collective);
-ReduceOp op_for(const at::Tensor& t, ReduceOp op, const char* collective);
-
-// Copies need no arithmetic: a tensor without a dtype of ours travels as bytes.
 struct Elements {
   DType dtype;
   size_t count;
 };
+// What to reduce, and the operation on it: a bool is a byte of 0 or 1, a complex number two reals, which are only added.
+// Throws UnsupportedError.
+Elements elements_to_reduce(const at::Tensor& t, const char* collective);
+ReduceOp op_for(const at::Tensor& t, ReduceOp op, const char* collective);
+// Copies need no arithmetic: a tensor without a dtype of ours travels as bytes.
 Elements elements_to_copy(const at::Tensor& t);
 
 // Element type, and sizes where given, as one number that ranks compare.

@@ -160,6 +160,39 @@ def _bits_and_bools(rank: Rank) -> None:
         dist.all_reduce(torch.ones(3, dtype=torch.bool), dist.ReduceOp.AVG)
 
 
+def _complex(rank: Rank) -> None:
+    """Sums and averages of complex numbers: two reals each, also through strides, and where blocks differ in size."""
+    world, me = rank.world_size, rank.rank
+    for (dtype, real), op, rows, async_op in itertools.product(
+        ((torch.complex64, torch.float32), (torch.complex128, torch.float64)), ("sum", "avg"), (1, 4003), (False, True)
+    ):
+        pairs = reference.inputs(world, (world * rows, 2), real)
+        whole = [torch.view_as_complex(x) for x in pairs]
+
+        def check(found: Tensor, first: int, last: int, pairs: list[Tensor] = pairs, op: str = op) -> None:
+            reference.check(torch.view_as_real(found), [x[first:last] for x in pairs], op, (op, first, last))
+
+        x = whole[me].clone()
+        done(dist.all_reduce(x, OPS[op], async_op=async_op))
+        check(x, 0, world * rows)
+        for x in (whole[me].clone(), torch.zeros(world * rows, 2, dtype=dtype)[:, 1].copy_(whole[me])):
+            done(dist.reduce(x, world - 1, OPS[op], async_op=async_op))
+            if me == world - 1:
+                check(x, 0, world * rows)
+        mine = torch.empty(rows, dtype=dtype)
+        done(dist.reduce_scatter_tensor(mine, whole[me], OPS[op], async_op=async_op))
+        check(mine, me * rows, (me + 1) * rows)
+        done(dist.reduce_scatter(mine.zero_(), [x.clone() for x in whole[me].chunk(world)], OPS[op], async_op=async_op))
+        check(mine, me * rows, (me + 1) * rows)
+        firsts = [r * (r + 1) // 2 * rows // world for r in range(world + 1)]  # blocks of 1 to `world` parts
+        blocks = [whole[me][first:last].clone() for first, last in itertools.pairwise(firsts)]
+        done(dist.reduce_scatter(uneven := torch.empty_like(blocks[me]), blocks, OPS[op], async_op=async_op))
+        check(uneven, firsts[me], firsts[me + 1])
+    for op in (dist.ReduceOp.MAX, dist.ReduceOp.PRODUCT):
+        with pytest.raises(pycoll.UnsupportedError, match="of ComplexFloat tensors"):
+            dist.reduce(torch.ones(3, dtype=torch.complex64), 0, op)
+
+
 def _premultiplied(rank: Rank) -> None:
     world = rank.world_size
     inputs = reference.inputs(world, 1000, torch.float64)
@@ -270,6 +303,7 @@ CASES: Sequence[Callable[[Rank], None]] = (
     _all_to_all_uneven,
     _uneven_gather_and_scatter,
     _bits_and_bools,
+    _complex,
     _premultiplied,
     _coalesced,
     _coalescing_manager,

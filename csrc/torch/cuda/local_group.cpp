@@ -77,10 +77,10 @@ class PyLocalGroup {
 
   void all_reduce(const Tensors& tensors, const std::string& op, const std::string& algorithm) {
     check(tensors, "all_reduce");
-    cpu::Call call{.collective = Collective::kAllReduce, .dtype = reducible(tensors[0], "all_reduce")};
+    const Elements e = elements_to_reduce(tensors[0], "all_reduce");
+    cpu::Call call{.collective = Collective::kAllReduce, .dtype = e.dtype, .count = e.count};
     call.op = op_for(tensors[0], parse_op(op), "all_reduce");
     call.algorithm = parse_algorithm(algorithm);
-    call.count = static_cast<size_t>(tensors[0].numel());
     run(call, tensors, tensors);
   }
 
@@ -106,9 +106,9 @@ class PyLocalGroup {
     check(tensors, "reduce_scatter");
     check(out, "reduce_scatter");
     check_blocks(out[0], tensors[0], "reduce_scatter");
-    cpu::Call call{.collective = Collective::kReduceScatter, .dtype = reducible(tensors[0], "reduce_scatter")};
+    const Elements e = elements_to_reduce(tensors[0], "reduce_scatter");
+    cpu::Call call{.collective = Collective::kReduceScatter, .dtype = e.dtype, .count = e.count};
     call.op = op_for(tensors[0], parse_op(op), "reduce_scatter");
-    call.count = static_cast<size_t>(tensors[0].numel());
     run(call, tensors, out);
   }
 
