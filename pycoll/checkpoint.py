@@ -113,6 +113,14 @@ def read_header(path: Path) -> Header:
         ) from error
 
 
+def is_of_run(path: Path, run_id: str | None) -> bool:
+    """Whether the run to which its launcher gave this name wrote the checkpoint; of a damaged one nobody knows."""
+    try:
+        return read_header(path).run_id == run_id
+    except CheckpointError:
+        return False
+
+
 def require_model(path: Path, header: Header, model: Mapping[str, Any]) -> None:
     """Raises CheckpointError naming the fields in which the checkpoint's model differs from the configuration."""
     names = sorted({*header.model, *model})

@@ -19,6 +19,7 @@ from training import MODEL, SECONDS, TINY, differing, train_alone, train_here, w
 
 from pycoll import checkpoint
 from pycoll.checkpoint import CheckpointError
+from pycoll.data import DataError
 from pycoll.disk import alone_in
 from pycoll.errors import Error
 from pycoll.models import GPT, GPTConfig
@@ -214,16 +215,23 @@ def test_a_folder_has_one_run_at_a_time(text: Path, tmp_path: Path, monkeypatch:
         main(["--data", str(text), "--out", str(tmp_path)])
     with alone(tmp_path):
         assert [*tmp_path.iterdir()] == []
+    with pytest.raises(DataError):
+        main(["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "new")])
+    assert [*tmp_path.iterdir()] == [], "where no run is possible no folder is left"
 
 
 def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    said = re.escape(f"{tmp_path} cannot be written to ([Errno 28] No space left") + ".*make room, and resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(SummaryWriter, "__init__", full)
+        with pytest.raises(Error, match=said):
+            Reporter(tmp_path, first=0, last=4, tokens_per_step=10)
     reporter = Reporter(tmp_path, first=0, last=4, tokens_per_step=10)
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     monkeypatch.setattr(Path, "write_text", full)
-    said = re.escape(f"{tmp_path} cannot be written to ([Errno 28] No space left") + ".*make room, and resume"
     with pytest.raises(Error, match=said):
         reporter.step(1, 2.5, 0.1, 1.0)
     with pytest.raises(Error, match=said):

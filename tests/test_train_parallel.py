@@ -102,6 +102,21 @@ def test_sharded_and_fused_end_with_the_same_bits(way: tuple[str, str], trained:
         assert each[("sharded", *way)].digest == each[("fused", *way)].digest
 
 
+def test_what_scaled_gradients_have_left_goes_to_scaled_ones_alone(text: Path, tmp_path: Path) -> None:
+    """In 8 bits, and scaled up by 65536, what rounding takes is larger than gradients that are not."""
+    config = way_of(replace(CONFIG, data=text), ("fused", "float16", "int8"))
+    straight = train_alone(config, tmp_path / "straight")
+    again = replace(config, resume=tmp_path / "straight" / HALF)
+    assert differing(train_alone(again, tmp_path / "again"), straight) == []
+    left = {}
+    for dtype in ("float16", "bfloat16", "float32"):
+        dist.init_process_group("pycoll", store=dist.HashStore(), rank=0, world_size=1)
+        trainer = Trainer(check(replace(again, dtype=dtype), tmp_path / dtype), tmp_path / dtype)
+        left[dtype] = max(float(residual.abs().max()) for residual in trainer.parallel.own_state().values())
+        dist.destroy_process_group()
+    assert left["float16"] > 1 and left["bfloat16"] == left["float32"] == 0
+
+
 def test_resumed_runs_end_where_straight_ones_did(trained: list[dict[Way, Trained]]) -> None:
     """Those with int8 also need what each rank had rounded away."""
     assert [way for each in trained for way in WAYS if each[way].differing] == []

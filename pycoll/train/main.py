@@ -3,10 +3,11 @@
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import tyro
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from pycoll import checkpoint
 from pycoll.disk import alone_in
-from pycoll.errors import Error
+from pycoll.errors import Error, UsageError
 from pycoll.models import PRESETS
 from pycoll.train.classify import Classify
 from pycoll.train.config import CLASSIFY, ConfigError, TrainConfig
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     out = config.out or Path("runs") / (run_id() or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     if rank() is None:
         with alone(out):
+            config = parse(arguments)  # Again: a run that was still being stopped has saved once more.
             check(config, out)  # The ranks load the data; this process only waits for them.
         try:
             nproc = config.dp * config.tp * config.pp
@@ -59,9 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     check_device(config, launches=False)
     dist.init_process_group(config.backend)
     try:
-        with alone(out) if rank() == 0 else nullcontext():
-            config = after_restart(config, out)
-            task = check(config, out)
+        with ExitStack() as stack:
+            task = begin(config, out, stack)
             with stop_requests() as stop:  # Until here there is nothing to save: a signal just ends it.
                 Trainer(task, out).run(stop)
     finally:
@@ -92,38 +93,71 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     return replace(config, resume=path, **absolute)
 
 
-def after_restart(config: TrainConfig, out: Path) -> TrainConfig:
-    """The settings, to go on from the newest whole checkpoint in `out` where this run has begun before.
+def begin(config: TrainConfig, out: Path, stack: ExitStack) -> Task:
+    """What this run learns, and from where, as rank 0 decides for all; it is alone in `out` until `stack` ends.
 
-    A call of all ranks: the first one looks and decides. torchrun's nodes count restarts each for themselves, and
-    what a node that leaves or joins makes them do they do not count at all.
+    A call of all ranks. Where rank 0 finds that no run is possible it says why, and the others end with it.
     """
     take_device(config)  # which NCCL's collectives have to know
-    anybody: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(anybody, restarted())
-    decided: list[Path | None] = [None]
+    counted: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(counted, restarted())
+    task: Task | None = None
+    problem: UsageError | None = None
     if dist.get_rank() == 0:
-        newest = checkpoint.newest_whole(out)
-        if any(anybody) or (newest is not None and run_id() in {checkpoint.read_header(newest).run_id} - {None}):
-            decided = [newest]
-            for path in checkpoint.list_checkpoints(out):  # what is damaged does not count among the newest
-                if newest is None or checkpoint.step_of(path) > checkpoint.step_of(newest):
-                    path.rename(path.with_suffix(".damaged"))
+        try:
+            stack.enter_context(alone(out))
+            config = go_on(config, out, any(counted))
+            task = check(config, out)
+        except UsageError as error:
+            problem = error
+    decided: list[Any] = [config.resume, problem is None]
     dist.broadcast_object_list(decided)
-    return config if decided[0] is None else replace(config, resume=decided[0])
+    if problem is not None:
+        raise problem
+    if not decided[1]:
+        raise SystemExit(2)
+    return task or check(replace(config, resume=decided[0]), out)
+
+
+def go_on(config: TrainConfig, out: Path, counted: bool) -> TrainConfig:
+    """The settings, to go on from the newest whole checkpoint in `out` where this run has begun before.
+
+    Args:
+        counted: whether a launcher has counted a restart. torchrun's nodes do so each for themselves, and what a node
+            that leaves or joins makes them do they do not count at all: then the run's name tells.
+    """
+    name, written = run_id(), checkpoint.list_checkpoints(out)
+    if not counted and (name is None or not any(checkpoint.is_of_run(path, name) for path in written)):
+        return config
+    newest = checkpoint.newest_whole(out)
+    if newest is not None and newest != config.resume and not checkpoint.is_of_run(newest, name):
+        return config  # another run's
+    for path in written:  # what is damaged does not count among the newest
+        if newest is None or checkpoint.step_of(path) > checkpoint.step_of(newest):
+            path.rename(path.with_suffix(".damaged"))
+    return config if newest is None else replace(config, resume=newest)
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Within the block no other run is in `out`. Raises ConfigError where one stays there, as one that is being stopped
-    would not."""
+    """Within the block no other run is in `out`, which is made, and goes again if nothing comes of it.
+
+    Raises ConfigError where another stays there, as one that is being stopped would not.
+    """
+    is_new = not out.exists()
     _check_folder("--out", out)
     with ExitStack() as stack:
         try:
             stack.enter_context(alone_in(out, PATIENCE))
         except BlockingIOError as error:
             raise ConfigError(f"another run writes to {out}: wait for its end, or give --out another folder") from error
-        yield
+        try:
+            yield
+        except UsageError:
+            if is_new:
+                with suppress(OSError):  # not empty
+                    out.rmdir()
+            raise
 
 
 def check(config: TrainConfig, out: Path) -> Task:

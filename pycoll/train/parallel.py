@@ -80,14 +80,14 @@ class Parallel(ABC):
         return {}
 
     def own_state(self) -> dict[str, Tensor]:
-        """What this rank alone knows, by name, for a run that goes on with as many of each kind."""
+        """What this rank alone knows, by name, for a run that goes on with the same mix and dtype."""
         return {} if self.buckets is None else self.buckets.state_dict()
 
     def take_up(self, tensors: Tensors, own: Mapping[str, Tensor], step: int) -> None:
         """From a checkpoint after `step` steps, whose weights and optimizer's state are loaded: the rest.
 
         Args:
-            own: what `own_state` was, if the mix of ranks is the same.
+            own: what `own_state` was, where it is still of use.
         """
         if self.buckets is not None:
             self.buckets.load_state_dict(own)

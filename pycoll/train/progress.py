@@ -28,8 +28,9 @@ class Reporter:
 
     def __init__(self, folder: Path, first: int, last: int, tokens_per_step: int) -> None:
         self._console = Console()
-        self._writer = SummaryWriter(str(folder), purge_step=first + 1)
         self._folder, self._first, self._last, self._tokens_per_step = folder, first, last, tokens_per_step
+        with self._writable():
+            self._writer = SummaryWriter(str(folder), purge_step=first + 1)
         self._began = time.monotonic()
         self._times = deque([self._began], maxlen=RECENT + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))

@@ -17,8 +17,9 @@ from pycoll.train.optimization import adam_settings
 from pycoll.train.parallel import WholeModel, compile_blocks
 from pycoll.train.task import Task
 
-OUTER, MOMENTUM, RESIDUAL = "outer.", "momentum", "residual"
+OUTER = "outer."
 """What the names of DiLoCo's tensors in a checkpoint begin with: whoever trains otherwise does not read them."""
+MOMENTUM, RESIDUAL = "momentum", "residual"
 SCALER, SCALER_STATE = "scaler", ("scale", "_growth_tracker")
 
 

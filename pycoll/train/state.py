@@ -1,4 +1,5 @@
-"""What a checkpoint holds of a run: the whole model and the optimizer's state by the parameters' names, on one rank.
+"""What a checkpoint holds of a run: the whole model and the optimizer's state by the parameters' names, on one rank;
+and what each rank alone knows, by its number.
 
 However the model and the state are divided: each rank gives its part, and takes its part of what another mix of ranks
 has written. The state is torch.optim.AdamW's with the fp32 masters of 16-bit weights; any of torch's AdamW, FusedAdam

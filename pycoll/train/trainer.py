@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from pycoll.train.task import Batch, Rows, Task
 
 DRAWN_FROM = ("dp", "batch_size", "grad_accum", "seed")
 """Settings on which the examples of a step depend."""
-MIX = ("dp", "tp", "pp", "schedule")
-"""Settings that say which part of the work is a rank's."""
+PART = ("dp", "tp", "pp", "dtype")
+"""Settings that say which part of the model is a rank's, and whether its gradients are scaled."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class StepResult:
 def examples(config: Mapping[str, Any]) -> tuple[int, int]:
     """What follows from DRAWN_FROM: of how many examples a step is, and which."""
     return int(config["dp"]) * int(config["batch_size"]) * int(config["grad_accum"]), int(config["seed"])
+
+
+def part(config: Mapping[str, Any]) -> list[Any]:
+    """What follows from PART: what a rank alone knows is of use to a run in which this is the same."""
+    return [config.get(name) for name in PART] + [config.get("schedule") == "interleaved" and config["pp"] > 1]
 
 
 class Trainer:
@@ -74,8 +80,8 @@ class Trainer:
             state.load(tensors, self.parallel.modules, self.parallel.keeper)
             if header.scaler and self.parallel.scaler.is_enabled():
                 self.parallel.scaler.load_state_dict(dict(header.scaler))
-            same = all(header.config.get(name) == getattr(config, name) for name in MIX)
-            self.parallel.take_up(tensors, state.load_own(tensors) if same else {}, header.step)
+            own = state.load_own(tensors) if part(header.config) == part(config.to_dict()) else {}
+            self.parallel.take_up(tensors, own, header.step)
             self.done, self.seen, self.first_loss = header.step, header.seen, header.first_loss
             if examples(header.config) != examples(config.to_dict()):
                 self.changed = [name for name in DRAWN_FROM if header.config.get(name) != getattr(config, name)]
@@ -106,9 +112,11 @@ class Trainer:
             elif reporter:
                 reporter.close()
                 reporter.note(f"stopped after step {self.done}; continue with: {program()} --resume {self.out}")
-        finally:
+        except BaseException:
             if reporter:
-                reporter.close()
+                with suppress(Error):  # what went wrong first is what counts
+                    reporter.close()
+            raise
 
     def _advance(self, reporter: Reporter | None, stop: StopRequest) -> bool:
         """One step and what is due after it; true if a rank was asked to stop."""

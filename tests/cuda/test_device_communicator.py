@@ -434,8 +434,11 @@ def _bad_arguments(rank: Rank) -> None:
             comm.all_reduce(x, out=torch.ones(10))
         with pytest.raises(pycoll.UsageError, match="overlaps"):
             comm.all_reduce(x[:9], out=x[1:])
-        with pytest.raises(pycoll.UnsupportedError, match="Complex"):
-            comm.all_reduce(torch.ones(10, dtype=torch.complex64).cuda())
+        with pytest.raises(pycoll.UnsupportedError, match="no max of ComplexFloat"):
+            comm.all_reduce(torch.ones(10, dtype=torch.complex64).cuda(), "max")
+        z = torch.full((10,), 1 + 2j * rank.rank, dtype=torch.complex64).cuda()
+        comm.all_reduce(z)
+        assert z.cpu().tolist() == [2 + 2j] * 10
         y = torch.ones(10)
         comm.all_reduce(y)
         assert bool((y == rank.world_size).all()), "CPU tensors as well"

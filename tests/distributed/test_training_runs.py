@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from training import SECONDS, TINY, command, differing, finish, train_alone, tra
 from pycoll import checkpoint
 from pycoll.data import load_corpus
 from pycoll.testing import Processes, Rank
-from pycoll.train import TrainConfig
+from pycoll.train import ConfigError, TrainConfig
 from pycoll.train.launch import program
-from pycoll.train.main import after_restart, parse
+from pycoll.train.main import begin, parse
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +188,13 @@ def test_ranks_stop_and_save_when_who_started_them_is_killed(
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # what a killed process cannot remove any more
     with Running(text, tmp_path) as running:
         running.process.kill()
-        running.process.communicate(timeout=SECONDS)  # which ends when the last rank has closed what it prints to
+        out, _ = running.process.communicate(
+            timeout=SECONDS
+        )  # which ends when the last rank has closed what it prints to
     assert running.ranks_left() == []
     newest = checkpoint.find(tmp_path)
     assert checkpoint.newest_whole(tmp_path) == newest
-    assert checkpoint.read_header(newest).config["steps"] == 1000000, "it is not the run's last"
+    assert f"stopped after step {checkpoint.read_header(newest).step};" in out
 
 
 @pytest.mark.parametrize(
@@ -292,32 +295,50 @@ def train_undisturbed(rank: Rank, config: TrainConfig, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def decide(rank: Rank, config: TrainConfig, out: Path, environments: Sequence[dict[str, str]]) -> Path | None:
-    os.environ.update({"TORCHELASTIC_RUN_ID": "none", **environments[rank.rank]})
+def decide(rank: Rank, config: TrainConfig, out: Path, environments: Sequence[dict[str, str]]) -> Path | str | None:
+    """From where a rank goes on; or why it ends."""
+    os.environ.update({"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank.rank), **environments[rank.rank]})
     rank.init_process_group()
     try:
-        return after_restart(config, out).resume
+        with ExitStack() as stack:
+            return begin(config, out, stack).config.resume
+    except (ConfigError, SystemExit) as end:
+        return str(end)
     finally:
         dist.destroy_process_group()
 
 
+COUNTED = {"TORCHELASTIC_RESTART_COUNT": "1"}
+NAMED, OTHER = {"TORCHELASTIC_RUN_ID": "named"}, {"TORCHELASTIC_RUN_ID": "other"}
+
+
 @pytest.mark.parametrize(
-    ("environments", "goes_on"),
+    ("written_by", "environments", "goes_on"),
     [
-        pytest.param([{}, {"TORCHELASTIC_RESTART_COUNT": "1"}], True, id="a node has not counted the restart"),
-        pytest.param([{"TORCHELASTIC_RUN_ID": "named"}] * 2, True, id="a node has left, and nobody counted"),
-        pytest.param([{"TORCHELASTIC_RUN_ID": "other"}] * 2, False, id="another run"),
-        pytest.param([{}, {}], False, id="a run without a name"),
+        pytest.param("none", [{}, COUNTED], True, id="a node has not counted the restart"),
+        pytest.param("named", [NAMED, NAMED], True, id="a node has left, and nobody counted"),
+        pytest.param("none", [{}, {}], False, id="a run without a name"),
+        pytest.param("named", [OTHER, OTHER], False, id="another run"),
+        pytest.param("named", [OTHER | COUNTED, OTHER | COUNTED], False, id="another run, started again"),
     ],
 )
 def test_all_ranks_go_on_from_the_same_checkpoint_or_none(
-    environments: list[dict[str, str]], goes_on: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written_by: str,
+    environments: list[dict[str, str]],
+    goes_on: bool,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "named")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", written_by)
     config = replace(TINY, dp=1, data=text)
     train_alone(config, tmp_path)
     with Processes(decide, 2, config, tmp_path, environments) as ranks:
-        assert ranks.results(SECONDS) == [checkpoint.find(tmp_path) if goes_on else None] * 2
+        first, second = ranks.results(SECONDS)
+    if goes_on:
+        assert first == second == checkpoint.find(tmp_path)
+    else:
+        assert str(first).startswith(f"{tmp_path} holds another run") and second == "2", "one rank says why"
 
 
 def test_a_damaged_checkpoint_is_not_what_ranks_come_back_to(text: Path, tmp_path: Path) -> None:
@@ -327,7 +348,7 @@ def test_a_damaged_checkpoint_is_not_what_ranks_come_back_to(text: Path, tmp_pat
     damaged = bytearray(newest.read_bytes())
     damaged[-1] ^= 1
     newest.write_bytes(damaged)
-    with Processes(decide, 1, config, tmp_path, [{"TORCHELASTIC_RESTART_COUNT": "1"}]) as ranks:
+    with Processes(decide, 1, config, tmp_path, [COUNTED]) as ranks:
         (resume,) = ranks.results(SECONDS)
     assert resume == tmp_path / "checkpoint-00000003.safetensors"
     assert differing(train_alone(replace(config, resume=resume), tmp_path), straight) == []
