@@ -295,50 +295,60 @@ def train_undisturbed(rank: Rank, config: TrainConfig, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def decide(rank: Rank, config: TrainConfig, out: Path, environments: Sequence[dict[str, str]]) -> Path | str | None:
-    """From where a rank goes on; or why it ends."""
-    os.environ.update({"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank.rank), **environments[rank.rank]})
-    rank.init_process_group()
-    try:
-        with ExitStack() as stack:
-            return begin(config, out, stack).config.resume
-    except (ConfigError, SystemExit) as end:
-        return str(end)
-    finally:
+Environment = dict[str, str]
+
+
+def decide(rank: Rank, config: TrainConfig, cases: Sequence[tuple[Path, Sequence[Environment]]]) -> list[object]:
+    """From where a rank goes on in each case, of a folder and the ranks' environments; or why it ends."""
+    decisions: list[object] = []
+    for i, (out, environments) in enumerate(cases):
+        os.environ.pop("TORCHELASTIC_RESTART_COUNT", None)
+        os.environ.update({"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank.rank), **environments[rank.rank]})
+        rank.init_process_group(f"case {i}")
+        try:
+            with ExitStack() as stack:
+                decisions.append(begin(config, out, stack).config.resume)
+        except (ConfigError, SystemExit) as end:
+            decisions.append(str(end))
         dist.destroy_process_group()
+    return decisions
 
 
 COUNTED = {"TORCHELASTIC_RESTART_COUNT": "1"}
 NAMED, OTHER = {"TORCHELASTIC_RUN_ID": "named"}, {"TORCHELASTIC_RUN_ID": "other"}
+BEGINNINGS: dict[str, tuple[str, list[Environment], bool]] = {
+    "a node has not counted the restart": ("none", [{}, COUNTED], True),
+    "a node has left, and nobody counted": ("named", [NAMED, NAMED], True),
+    "a run without a name": ("none", [{}, {}], False),
+    "another run": ("named", [OTHER, OTHER], False),
+    "another run, started again": ("named", [OTHER | COUNTED, OTHER | COUNTED], False),
+}
+"""The run that has written to the folder, what the launcher tells each rank now, and whether they go on."""
 
 
-@pytest.mark.parametrize(
-    ("written_by", "environments", "goes_on"),
-    [
-        pytest.param("none", [{}, COUNTED], True, id="a node has not counted the restart"),
-        pytest.param("named", [NAMED, NAMED], True, id="a node has left, and nobody counted"),
-        pytest.param("none", [{}, {}], False, id="a run without a name"),
-        pytest.param("named", [OTHER, OTHER], False, id="another run"),
-        pytest.param("named", [OTHER | COUNTED, OTHER | COUNTED], False, id="another run, started again"),
-    ],
-)
+@pytest.fixture(scope="module")
+def decisions(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[object]]]:
+    """The folder of each of BEGINNINGS, and what each rank decided."""
+    folder, config = tmp_path_factory.mktemp("begun"), replace(TINY, dp=1, data=text)
+    for name in ("none", "named"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCHELASTIC_RUN_ID", name)
+            train_alone(config, folder / name)
+    cases = [(folder / written_by, environments) for written_by, environments, _ in BEGINNINGS.values()]
+    with Processes(decide, 2, config, cases) as ranks:
+        of_ranks = ranks.results(SECONDS)
+    return {name: (case[0], list(seen)) for name, case, *seen in zip(BEGINNINGS, cases, *of_ranks, strict=True)}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
 def test_all_ranks_go_on_from_the_same_checkpoint_or_none(
-    written_by: str,
-    environments: list[dict[str, str]],
-    goes_on: bool,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, decisions: dict[str, tuple[Path, list[object]]]
 ) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", written_by)
-    config = replace(TINY, dp=1, data=text)
-    train_alone(config, tmp_path)
-    with Processes(decide, 2, config, tmp_path, environments) as ranks:
-        first, second = ranks.results(SECONDS)
-    if goes_on:
-        assert first == second == checkpoint.find(tmp_path)
+    out, (first, second) = decisions[name]
+    if BEGINNINGS[name][2]:
+        assert first == second == checkpoint.find(out)
     else:
-        assert str(first).startswith(f"{tmp_path} holds another run") and second == "2", "one rank says why"
+        assert str(first).startswith(f"{out} holds another run") and second == "2", "one rank says why"
 
 
 def test_a_damaged_checkpoint_is_not_what_ranks_come_back_to(text: Path, tmp_path: Path) -> None:
@@ -348,8 +358,8 @@ def test_a_damaged_checkpoint_is_not_what_ranks_come_back_to(text: Path, tmp_pat
     damaged = bytearray(newest.read_bytes())
     damaged[-1] ^= 1
     newest.write_bytes(damaged)
-    with Processes(decide, 1, config, tmp_path, [COUNTED]) as ranks:
-        (resume,) = ranks.results(SECONDS)
+    with Processes(decide, 1, config, [(tmp_path, [COUNTED])]) as ranks:
+        ((resume,),) = ranks.results(SECONDS)
     assert resume == tmp_path / "checkpoint-00000003.safetensors"
     assert differing(train_alone(replace(config, resume=resume), tmp_path), straight) == []
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [3, 6]
